@@ -1,0 +1,180 @@
+"""Files and folders that a verb leaves: out folders, atomic writes, tables, progress; and the two ways a verb ends."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class BadInput(ValueError):
+    """A complaint for the user: where, what must hold, what was found, what to do. The command line answers it with exit code 2."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a verb ended. `failed` counts the cases named in failures.csv; more than none gives exit code 3."""
+
+    out: Path
+    failed: int = 0
+    message: str = ""
+
+
+def claim_out(out: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Make the folder `out`, or refuse it.
+
+    A folder that holds files is refused unless `resume` (its contents stay) or `overwrite` (its contents go).
+    Raises: BadInput: if it is a file, is in use without a flag, or both flags are set.
+    """
+    out = Path(out)
+    if resume and overwrite:
+        raise BadInput("--resume and --overwrite exclude each other; give one of them")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} must be a folder; found a file; choose another name")
+    if out.is_dir() and any(out.iterdir()):
+        if overwrite:
+            _empty(out)
+        elif not resume:
+            raise BadInput(
+                f"--out {out} must be new or empty; found {sum(1 for _ in out.iterdir())} entries; "
+                "choose another folder, or give --resume to continue or --overwrite to replace it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+MARKS = ("recipe.yaml", "store.json", "index.csv", "summary.json", "environment.json", "demo.json", "cases.csv")
+
+
+def _empty(folder: Path) -> None:
+    # --overwrite deletes a tree: only one that volssl itself left, never a home folder given by mistake.
+    if not any((folder / mark).exists() for mark in MARKS):
+        raise BadInput(f"--overwrite {folder}: must be a folder that volssl wrote (with one of {', '.join(MARKS)}); delete it yourself")
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, on error removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix="".join(path.suffixes[-2:]), dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is durable only once the folder itself is on disk.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically; NaN and infinity are refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises: BadInput: if it is absent or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: must exist; found nothing there") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: must be JSON; {error}") from None
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write a table with a header, atomically. A row with other keys than `columns` is a programmer's error."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n", extrasaction="raise")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read a table as a list of rows, all values strings. Raises: BadInput: if it is absent."""
+    try:
+        with open(path, newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: must exist; found nothing there") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def track(items: Iterable[T], *, total: int, label: str, start: int = 0) -> Iterator[T]:
+    """Pass `items` on and show how far it has come on stderr: a bar on a terminal, else a line at most every 10 seconds."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(items, total=total, initial=start, desc=label, dynamic_ncols=True)
+        return
+    begun = last = time.monotonic()
+    done = start
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= 10 or done == total:
+            last = now
+            rate = (done - start) / max(now - begun, 1e-9)
+            left = (total - done) / rate if rate > 0 else 0.0
+            sys.stderr.write(f"{label}: {done}/{total}, {rate:.3g}/s, {_clock(left)} left\n")
+            sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:d}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,75 @@
+"""The U-Net: the paper's parameter counts, the composed up-step against the plain one, reach of every parameter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from volssl.files import BadInput
+from volssl.nets.blocks import UpBlock, composed_up_conv
+from volssl.nets.heads import SegmentationNet
+from volssl.nets.unet import UNet
+
+
+def test_encoder_has_the_papers_parameters():
+    net = UNet()
+    assert sum(p.numel() for p in net.encoder.parameters()) == 7_027_776
+    levels = [sum(p.numel() for p in level.parameters()) for level in net.encoder.levels]
+    assert levels == [56_448, 332_352, 1_328_256, 5_310_720]
+    decoder = 2_097_664 + 5_309_952 + 524_544 + 1_327_872 + 131_200 + 332_160
+    assert sum(p.numel() for p in net.decoder.parameters()) == decoder
+
+
+@pytest.mark.parametrize("size", [(3, 4, 5), (1, 1, 1), (2, 6, 3)])
+def test_composed_up_step_equals_the_two_layers(size):
+    torch.manual_seed(0)
+    up = torch.nn.ConvTranspose3d(3, 3, 2, stride=2).double()
+    weight = torch.randn(5, 3, 3, 3, 3, dtype=torch.double, requires_grad=True)
+    x = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
+    plain = F.conv3d(up(x), weight, padding=1)
+    composed = composed_up_conv(x, up, weight)
+    torch.testing.assert_close(composed, plain)
+    inputs = [x, weight, up.weight, up.bias]
+    seed = torch.randn_like(plain)
+    for one, other in zip(torch.autograd.grad(plain, inputs, seed), torch.autograd.grad(composed, inputs, seed), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("skip_channels", [0, 4])
+def test_up_block_is_the_same_whichever_way_it_is_computed(monkeypatch, skip_channels):
+    torch.manual_seed(0)
+    block = UpBlock(6, 4, skip_channels=skip_channels, norm="instance")
+    x = torch.randn(2, 6, 4, 4, 4)
+    skip = torch.randn(2, skip_channels, 8, 8, 8) if skip_channels else None
+    results = []
+    for pays in (True, False):
+        monkeypatch.setattr("volssl.nets.blocks.composing_pays", lambda *_, pays=pays: pays)
+        results.append(block(x, skip))
+    joined = block.up(x) if skip is None else torch.cat([block.up(x), skip], 1)
+    plain = F.relu(block.block.norm(block.block.conv(joined)))
+    torch.testing.assert_close(results[0], plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[1], plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "group"])
+@pytest.mark.parametrize("skips", [False, True])
+def test_every_parameter_gets_a_gradient(norm, skips):
+    torch.manual_seed(0)
+    model = SegmentationNet(UNet(2, width=4, depth=3, norm=norm, skips=skips), 3, deep_supervision=True)
+    outputs = model(torch.randn(2, 2, 16, 8, 8))
+    assert [tuple(y.shape[2:]) for y in outputs] == [(16, 8, 8), (8, 4, 4)]
+    sum(y.square().mean() for y in outputs).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    assert model(torch.randn(1, 2, 16, 8, 8)).shape == (1, 3, 16, 8, 8)
+
+
+def test_feature_maps_are_finest_first():
+    net = UNet(width=4, depth=3)
+    maps = net.encoder(torch.randn(2, 1, 8, 8, 16))
+    assert [m.shape[1] for m in maps] == list(net.encoder.channels) == [8, 16, 32]
+    assert [m.shape[4] for m in maps] == [16, 8, 4]
+
+
+def test_impossible_net_is_refused():
+    with pytest.raises(BadInput, match="depth >= 2"):
+        UNet(depth=1)

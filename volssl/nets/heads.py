@@ -22,7 +22,10 @@ class ComparisonHead(nn.Module):
         super().__init__()
         self.projector = nn.BatchNorm1d(channels)
         self.predictor = nn.Sequential(
-            nn.Linear(channels, 2 * channels), nn.BatchNorm1d(2 * channels), nn.ReLU(inplace=True), nn.Linear(2 * channels, channels)
+            nn.Linear(channels, 2 * channels),
+            nn.BatchNorm1d(2 * channels),
+            nn.ReLU(inplace=True),
+            nn.Linear(2 * channels, channels),
         )
 
     def forward(self, map_BCXYZ: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +48,10 @@ class MidRestorationHead(nn.Module):
             self.layers = nn.Sequential(nn.Conv3d(channels, 1, 3, padding=1), make_norm(norm, 1), nn.Sigmoid())
         else:
             self.layers = nn.Sequential(
-                nn.Conv3d(channels, channels, 3, padding=1), make_norm(norm, channels), nn.ReLU(inplace=True), nn.Conv3d(channels, 1, 1)
+                nn.Conv3d(channels, channels, 3, padding=1),
+                make_norm(norm, channels),
+                nn.ReLU(inplace=True),
+                nn.Conv3d(channels, 1, 1),
             )
 
     def forward(self, map_BCXYZ: Tensor, size: tuple[int, int, int]) -> Tensor:

@@ -1,0 +1,125 @@
+"""Changes of intensity: blur, noise, gamma, contrast and brightness, lowered resolution, z-scoring. Input scale [0, 1] unless stated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from volssl.augment.transform import AbstractTransform
+from volssl.draws import Draws
+
+
+def gaussian_blur(x_BCXYZ: Tensor, sigma_B3: Tensor) -> Tensor:
+    """Gaussian blur with own sigma (voxels) per sample and axis, edges repeated; sigma 0 leaves the axis as it is.
+
+    One small matrix product per axis: exact for any sigma, and batched where a convolution would need a kernel per sample.
+    """
+    y = x_BCXYZ
+    for axis in range(3):
+        sides = y.shape[2 + axis]
+        matrix_BNN = _blur_matrix(sigma_B3[:, axis], sides).to(y.dtype)
+        y = torch.einsum("bij,bcj...->bci...", matrix_BNN, y.movedim(2 + axis, 2)).movedim(2, 2 + axis)
+    return y.contiguous()
+
+
+def _blur_matrix(sigma_B: Tensor, side: int) -> Tensor:
+    # Row i holds the weights of the Gaussian about voxel i, cut at 4 sigma as scipy does; what falls outside goes to the edge voxel.
+    reach = max(1, int(4 * float(sigma_B.max()) + 0.5))
+    offsets = torch.arange(-reach, reach + 1, device=sigma_B.device, dtype=torch.float32)
+    weights = torch.exp(-0.5 * (offsets / sigma_B[:, None].clamp(min=1e-3)) ** 2)
+    weights = torch.where(offsets.abs() <= (4 * sigma_B[:, None] + 0.5).floor(), weights, 0.0)
+    weights = weights / weights.sum(1, keepdim=True)
+    source = (torch.arange(side, device=sigma_B.device)[:, None] + offsets.long()).clamp(0, side - 1)
+    matrix = torch.zeros(len(sigma_B), side, side, device=sigma_B.device)
+    return matrix.scatter_add_(
+        2, source.expand(len(sigma_B), -1, -1), weights[:, None].expand(-1, side, -1).contiguous()
+    )
+
+
+@dataclass(frozen=True)
+class Blur(AbstractTransform):
+    """Gaussian blur, sigma U(0, sigma_max) voxels per axis, applied to a share of the samples."""
+
+    sigma_max: float = 2.0
+    share: float = 1.0
+
+    def sample(self, draws: Draws) -> Tensor:
+        """sigma (B, 3)."""
+        chosen = draws.fork("chosen").bernoulli(self.share, 1)
+        return draws.fork("sigma").uniform(0, self.sigma_max, 3) * chosen
+
+    def apply(self, x_BCXYZ: Tensor, params: Tensor) -> Tensor:
+        """Blurred copy."""
+        return gaussian_blur(x_BCXYZ, params)
+
+
+@dataclass(frozen=True)
+class Noise(AbstractTransform):
+    """Additive Gaussian noise of standard deviation U(0, sd_max), applied to a share of the samples."""
+
+    sd_max: float = 0.25
+    share: float = 1.0
+
+    def sample(self, draws: Draws) -> tuple[Tensor, Draws]:
+        """Standard deviations (B,) and the stream of the noise itself."""
+        chosen = draws.fork("chosen").bernoulli(self.share)
+        return draws.fork("sd").uniform(0, self.sd_max) * chosen, draws.fork("noise")
+
+    def apply(self, x_BCXYZ: Tensor, params: tuple[Tensor, Draws]) -> Tensor:
+        """Noisy copy."""
+        sd_B, stream = params
+        return torch.addcmul(x_BCXYZ, stream.noise_like(x_BCXYZ), sd_B.to(x_BCXYZ.dtype).view(-1, 1, 1, 1, 1))
+
+
+@dataclass(frozen=True)
+class Gamma(AbstractTransform):
+    """sign(v) |v|**g with log g = U(-log_max, log_max); with `rescale`, on each sample's own range (for z-scored input)."""
+
+    log_max: float = 0.3
+    share: float = 1.0
+    rescale: bool = False
+
+    def sample(self, draws: Draws) -> Tensor:
+        """Exponents (B,)."""
+        chosen = draws.fork("chosen").bernoulli(self.share)
+        return torch.exp(draws.fork("log").uniform(-self.log_max, self.log_max) * chosen)
+
+    def apply(self, x_BCXYZ: Tensor, params: Tensor) -> Tensor:
+        """Copy with changed gamma."""
+        exponent = params.to(x_BCXYZ.dtype).view(-1, 1, 1, 1, 1)
+        if not self.rescale:
+            return x_BCXYZ.sign() * x_BCXYZ.abs().clamp(min=1e-12) ** exponent
+        low, high = x_BCXYZ.amin((2, 3, 4), keepdim=True), x_BCXYZ.amax((2, 3, 4), keepdim=True)
+        span = (high - low).clamp(min=1e-6)
+        return ((x_BCXYZ - low) / span) ** exponent * span + low
+
+
+@dataclass(frozen=True)
+class Contrast(AbstractTransform):
+    """Scaling about the sample's mean by U(1 - contrast, 1 + contrast) and a shift by U(-brightness, brightness), per channel."""
+
+    contrast: float = 0.25
+    brightness: float = 0.1
+    share: float = 1.0
+    channels: int = 1
+
+    def sample(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Factors and shifts (B, channels)."""
+        chosen = draws.fork("chosen").bernoulli(self.share, 1)
+        factor = 1 + draws.fork("contrast").uniform(-self.contrast, self.contrast, self.channels) * chosen
+        return factor, draws.fork("brightness").uniform(-self.brightness, self.brightness, self.channels) * chosen
+
+    def apply(self, x_BCXYZ: Tensor, params: tuple[Tensor, Tensor]) -> Tensor:
+        """Copy with changed contrast."""
+        factor, shift = (p.to(x_BCXYZ.dtype)[:, :, None, None, None] for p in params)
+        mean = x_BCXYZ.mean((2, 3, 4), keepdim=True)
+        return (x_BCXYZ - mean) * factor + mean + shift
+
+
+def zscore(x_BCXYZ: Tensor) -> Tensor:
+    """Each sample and channel with its own mean and standard deviation; a constant one becomes 0 instead of failing."""
+    shape = x_BCXYZ.shape
+    return F.layer_norm(x_BCXYZ.flatten(2), (x_BCXYZ[0, 0].numel(),), eps=1e-8).view(shape)

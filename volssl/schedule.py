@@ -1,0 +1,30 @@
+"""Schedules: functions of progress, the share of the training done, in [0, 1]."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(progress: float) -> float:
+    """1 at the start, 0 at the end: (1 + cos(pi progress)) / 2.
+
+    Raises: ValueError: if progress lies outside [0, 1].
+    Source: PCRLv2's learning rate and its weight of the mid-scale restoration, there tied to a constant of 240 epochs.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress must lie in [0, 1]; found {progress}")
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def warmup_cosine(progress: float, *, warmup: float, floor: float = 0.0) -> float:
+    """Linear from near 0 to 1 over the share `warmup`, then cosine down to `floor`; a factor of the peak learning rate."""
+    if progress < warmup:
+        return progress / warmup
+    return floor + (1 - floor) * cosine((progress - warmup) / (1 - warmup) if warmup < 1 else 1.0)
+
+
+def warmup_poly(progress: float, *, warmup: float, power: float = 0.9) -> float:
+    """Linear warm-up over the share `warmup`, then (1 - p)**power, nnU-Net's decay."""
+    if progress < warmup:
+        return progress / warmup
+    return (1 - (progress - warmup) / (1 - warmup)) ** power if warmup < 1 else 0.0

@@ -1,0 +1,45 @@
+"""Planes in radiological display, and pictures that are written whole."""
+
+import numpy as np
+
+from volssl.pictures import Overlay, overlay_png, plane_of, plane_spacing, restoration_png, telling_slice
+
+
+def test_the_patients_right_is_on_the_viewers_left_and_front_and_head_are_up():
+    array_XYZ = np.zeros((3, 4, 5))
+    array_XYZ[2, 3, 4] = 1  # right, front, head
+    for plane, position in (("axial", 4), ("coronal", 3), ("sagittal", 2)):
+        picture = plane_of(array_XYZ, plane, position)
+        assert picture[0, 0] == 1, plane
+        assert picture.sum() == 1
+    assert plane_of(array_XYZ, "axial", 0).shape == (4, 3)
+    assert plane_of(array_XYZ, "coronal", 0).shape == (5, 3)
+    assert plane_of(array_XYZ, "sagittal", 0).shape == (5, 4)
+
+
+def test_spacing_of_a_plane_is_row_height_then_column_width():
+    assert plane_spacing((1, 2, 3), "axial") == (2, 1)
+    assert plane_spacing((1, 2, 3), "coronal") == (3, 1)
+    assert plane_spacing((1, 2, 3), "sagittal") == (3, 2)
+
+
+def test_telling_slice_weighs_a_small_label_like_a_large_one():
+    labels_XYZ = np.zeros((10, 10, 10), np.uint8)
+    labels_XYZ[:, :, :5] = 1
+    labels_XYZ[4, 4, 3] = 2
+    assert telling_slice(labels_XYZ, "axial") == 3
+    assert telling_slice(np.zeros((4, 6, 8)), "axial") == 4
+
+
+def test_overlay_and_restoration_are_png_files(tmp_path):
+    rng = np.random.default_rng(0)
+    image_XYZ = rng.normal(size=(12, 10, 8)).astype(np.float32)
+    reference_XYZ = np.zeros(image_XYZ.shape, np.uint8)
+    reference_XYZ[3:8, 3:8, 3:6] = 1
+    for name, predicted_XYZ in (("some", np.roll(reference_XYZ, 1, 0)), ("none", np.zeros_like(reference_XYZ))):
+        case = Overlay(image_XYZ, reference_XYZ, predicted_XYZ, (1.0, 2.0, 3.0), {"liver": 1}, {"liver": None})
+        overlay_png(tmp_path / f"{name}.png", case, title="case")
+    patches = image_XYZ[None]
+    restoration_png(tmp_path / "r.png", {"input": patches, "target": patches}, window=(0, 1), spacing_mm=(1, 1, 2))
+    for name in ("some", "none", "r"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

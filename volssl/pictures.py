@@ -1,0 +1,194 @@
+"""Pictures of volumes for a radiologist's eye: three planes, true proportions, contours.
+
+Display is radiological: the patient's right is on the viewer's left; anterior is up in the axial plane, superior in the
+others. Arrays are RAS+: index X grows to the patient's right, Y to the front, Z to the head. matplotlib is imported
+only when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from volssl.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLANES = ("axial", "coronal", "sagittal")
+PLANE_AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
+EDGES = {
+    "axial": ("R", "L"),
+    "coronal": ("R", "L"),
+    "sagittal": ("A", "P"),
+}  # letters at the left and right edge of each plane
+COLOURS = ("#ffb000", "#35c9ff", "#ff5fa2", "#7dff6b", "#c79bff", "#ff7847", "#fff36b", "#4dffd2")
+DARK = "#101214"
+DPI = 110
+WIDTH_INCH = 11.0
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One segmented case to draw: arrays of one shape XYZ in RAS+.
+
+    `labels` maps names to values; `dice` holds the score per name that the legend states (None: undefined);
+    `window` holds the values drawn black and white, by default the 0.5 and 99.5 % quantiles of the image.
+    """
+
+    image_XYZ: np.ndarray
+    reference_XYZ: np.ndarray
+    predicted_XYZ: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    labels: Mapping[str, int]
+    dice: Mapping[str, float | None] = field(default_factory=dict)
+    window: tuple[float, float] | None = None
+
+
+def plane_of(array_XYZ: np.ndarray, plane: str, position: int) -> np.ndarray:
+    """The slice `position` of a RAS+ array as a picture (rows, columns) in radiological display."""
+    return np.take(array_XYZ, position, axis=PLANE_AXIS[plane])[::-1, ::-1].T
+
+
+def plane_spacing(spacing_mm: Sequence[float], plane: str) -> tuple[float, float]:
+    """Size in mm of one picture element (row height, column width) of `plane`."""
+    columns, rows = [spacing_mm[axis] for axis in range(3) if axis != PLANE_AXIS[plane]]
+    return float(rows), float(columns)
+
+
+def telling_slice(labels_XYZ: np.ndarray, plane: str) -> int:
+    """The slice of `plane` with the most label; without any label the middle.
+
+    Each label is counted as a share of its own volume, so that a small one shows.
+    """
+    axis = PLANE_AXIS[plane]
+    others = tuple(other for other in range(3) if other != axis)
+    share = np.zeros(labels_XYZ.shape[axis])
+    for value in np.unique(labels_XYZ[labels_XYZ > 0]):
+        area = (labels_XYZ == value).sum(axis=others)
+        share += area / area.sum()
+    return int(share.argmax()) if share.any() else labels_XYZ.shape[axis] // 2
+
+
+def overlay_png(path: Path, case: Overlay, *, title: str) -> None:
+    """Draw the image in three planes with the reference (solid) and predicted (dashed) contours, a colour per label."""
+    shapes = {case.image_XYZ.shape, case.reference_XYZ.shape, case.predicted_XYZ.shape}
+    assert len(shapes) == 1, f"image, reference and prediction must have one shape; found {shapes}"
+    shown = case.reference_XYZ if (case.reference_XYZ > 0).any() else case.predicted_XYZ
+    low, high = case.window or window_of(case.image_XYZ)
+    figure, panels = _three_planes(case)
+    for plane, panel in zip(PLANES, panels, strict=True):
+        position = telling_slice(shown, plane)
+        row_mm, column_mm = plane_spacing(case.spacing_mm, plane)
+        picture = plane_of(case.image_XYZ, plane, position)
+        panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=row_mm / column_mm, interpolation="bilinear")
+        for colour, value in zip(_colours(len(case.labels)), case.labels.values(), strict=True):
+            _contour(panel, plane_of(case.reference_XYZ, plane, position) == value, colour, "solid")
+            _contour(panel, plane_of(case.predicted_XYZ, plane, position) == value, colour, (0, (2.2, 1.4)))
+        _letters(panel, plane)
+    figure.text(0.012, 0.985, title, color="white", fontsize=11, va="top", ha="left")
+    _legend(figure, case)
+    _save(figure, path)
+
+
+def restoration_png(
+    path: Path, columns: Mapping[str, np.ndarray], *, window: tuple[float, float], spacing_mm: Sequence[float]
+) -> None:
+    """Draw patches side by side: a row per sample, first the axial then the coronal middle slice of every column.
+
+    Args: columns: title -> array_BXYZ, all of one shape, such as input, target, restored; window: values drawn black
+    and white.
+    """
+    from matplotlib.figure import Figure
+
+    samples = len(next(iter(columns.values())))
+    planes = ("axial", "coronal")
+    across = len(planes) * len(columns)
+    side = WIDTH_INCH / across
+    figure = Figure(figsize=(WIDTH_INCH, side * samples + 0.3), dpi=DPI, facecolor=DARK)
+    top = 1 - 0.3 / (side * samples + 0.3)
+    grid = figure.add_gridspec(samples, across, left=0, right=1, bottom=0, top=top, wspace=0.02, hspace=0.02)
+    for column, (plane, title) in enumerate((plane, title) for plane in planes for title in columns):
+        row_mm, column_mm = plane_spacing(spacing_mm, plane)
+        for row in range(samples):
+            panel = figure.add_subplot(grid[row, column])
+            array_XYZ = columns[title][row]
+            picture = plane_of(array_XYZ, plane, array_XYZ.shape[PLANE_AXIS[plane]] // 2)
+            panel.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1], aspect=row_mm / column_mm)
+            panel.set_axis_off()
+            if row == 0:
+                panel.set_title(f"{title}, {plane}", color="white", fontsize=9, pad=4)
+    _save(figure, path)
+
+
+def window_of(image_XYZ: np.ndarray) -> tuple[float, float]:
+    """The values to draw black and white: the 0.5 and 99.5 % quantiles (of every eighth value of a large image)."""
+    values = image_XYZ.ravel()[:: 8 if image_XYZ.size > 1 << 20 else 1]
+    low, high = (float(value) for value in np.quantile(values, (0.005, 0.995)))
+    return low, max(high, low + 1e-6)
+
+
+def _three_planes(case: Overlay) -> tuple[Figure, list[Any]]:
+    # One scale in mm for all three planes, so that a structure has one size in each.
+    from matplotlib.figure import Figure
+
+    x_mm, y_mm, z_mm = (size * step for size, step in zip(case.image_XYZ.shape, case.spacing_mm, strict=True))
+    widths, heights = (x_mm, x_mm, y_mm), (y_mm, z_mm, z_mm)
+    gap, head, foot = 0.1, 0.38, 0.24 * (1 + (len(case.labels) - 1) // 4) + 0.34
+    inch_per_mm = (WIDTH_INCH - 4 * gap) / sum(widths)
+    tallest = max(heights) * inch_per_mm
+    height_inch = head + tallest + foot
+    figure = Figure(figsize=(WIDTH_INCH, height_inch), dpi=DPI, facecolor=DARK)
+    panels, left = [], gap
+    for width, height in zip(widths, heights, strict=True):
+        bottom = foot + (tallest - height * inch_per_mm) / 2
+        box = (
+            left / WIDTH_INCH,
+            bottom / height_inch,
+            width * inch_per_mm / WIDTH_INCH,
+            height * inch_per_mm / height_inch,
+        )
+        panels.append(figure.add_axes(box))
+        panels[-1].set_axis_off()
+        left += width * inch_per_mm + gap
+    return figure, panels
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+
+
+def _contour(panel: Any, mask: np.ndarray, colour: str, style: Any) -> None:
+    if mask.any() and min(mask.shape) > 1:
+        panel.contour(mask.astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.3, linestyles=[style])
+
+
+def _letters(panel: Any, plane: str) -> None:
+    for letter, x in zip(EDGES[plane], (0.02, 0.98), strict=True):
+        side = "left" if x < 0.5 else "right"
+        panel.text(x, 0.5, letter, transform=panel.transAxes, color="#d0d0d0", fontsize=8, ha=side, va="center")
+    panel.text(0.02, 0.02, plane, transform=panel.transAxes, color="#d0d0d0", fontsize=8, ha="left", va="bottom")
+
+
+def _legend(figure: Figure, case: Overlay) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color="white", linewidth=1.3, linestyle="solid", label="reference"),
+        Line2D([], [], color="white", linewidth=1.3, linestyle=(0, (2.2, 1.4)), label="prediction"),
+    ]
+    for colour, name in zip(_colours(len(case.labels)), case.labels, strict=True):
+        score = case.dice.get(name)
+        text = name if name not in case.dice else f"{name}: Dice " + ("undefined" if score is None else f"{score:.3f}")
+        handles.append(Line2D([], [], color=colour, linewidth=3, label=text))
+    style = {"frameon": False, "fontsize": 9, "labelcolor": "white", "handlelength": 2.2}
+    figure.legend(handles=handles, loc="lower left", ncols=min(len(handles), 6), **style)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor=figure.get_facecolor())

@@ -1,0 +1,279 @@
+"""The command line, `volssl <verb>`: the options of a verb are the arguments of its function, which is imported only when it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from volssl import __version__
+from volssl.files import BadInput, Outcome
+
+VERBS = {
+    "index": "volssl.index:build",
+    "prepare": "volssl.prepare:run",
+    "pretrain": "volssl.pretrain:run",
+    "export": "volssl.export:run",
+    "finetune": "volssl.finetune:run",
+    "predict": "volssl.predict:run",
+    "evaluate": "volssl.evaluate:run",
+    "report": "volssl.report:run",
+    "demo": "volssl.demo:run",
+}
+
+DONE, BUG, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+# Trouble with the user's disk, which no traceback explains better.
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+app = typer.Typer(
+    name="volssl",
+    help="Self-supervised pretraining on 3D CT and MRI: from a raw archive to weights that other tools accept.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # they would print local variables: paths and patients
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of the console script; exits 0 done, 2 bad input or usage, 3 finished but some cases failed."""
+    # cuBLAS reads this once, when its first handle is made; without it an exact resume on a GPU is refused by torch.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"volssl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _volssl(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    del version
+
+
+def share_or_count(text: str) -> int | float:
+    """`0.1` is a share of the labelled training cases, `12` a count of them; so `1.0` is all and `1` a single case."""
+    try:
+        return int(text) if text.strip().isdigit() else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a share such as 0.1 or a count such as 12; found {text!r}") from None
+
+
+def run_verb(verb: str, options: Mapping[str, Any]) -> int:
+    """Run a verb with its options and answer the exit code; whatever the user can mend becomes one line on stderr."""
+    try:
+        outcome = call(verb_function(verb), options)
+    except (BadInput, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        return _complain(verb, _message(error))
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        return _complain(verb, f"{_message(error)}; free some space or choose another --out, then run it again")
+    except KeyboardInterrupt:
+        _complain(verb, "interrupted")
+        return INTERRUPTED
+    return _close(verb, outcome)
+
+
+def verb_function(verb: str) -> Callable[..., Outcome]:
+    """The function behind a verb; its module is imported here."""
+    module, _, name = VERBS[verb].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def call(function: Callable[..., Outcome], options: Mapping[str, Any]) -> Outcome:
+    """Call `function` with `options`; those that it takes grouped in a dataclass are gathered into one."""
+    given = dict(options)
+    hints = get_type_hints(function)
+    for name in inspect.signature(function).parameters:
+        group = hints[name]
+        if name not in given and dataclasses.is_dataclass(group) and isinstance(group, type):
+            fields = [field.name for field in dataclasses.fields(group) if field.name in given]
+            given[name] = group(**{field: given.pop(field) for field in fields})
+    return function(**given)
+
+
+def _close(verb: str, outcome: Outcome) -> int:
+    if outcome.message:
+        typer.echo(outcome.message)
+    if outcome.failed:
+        table = outcome.out / "failures.csv"
+        _complain(verb, f"finished, but {outcome.failed} failed; {table} names each with its reason")
+        return SOME_FAILED
+    typer.echo(f"volssl {verb}: done, see {outcome.out}")
+    return DONE
+
+
+def _complain(verb: str, message: str) -> int:
+    typer.echo(f"volssl {verb}: {message}", err=True)
+    return BAD_INPUT
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+Out = Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")]
+Recipe = Annotated[str, typer.Option(help="A recipe file, or the name of a shipped recipe.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0: one per core.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on in --out where an earlier call stopped.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left in --out.")]
+Overrides = Annotated[
+    list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)
+]
+ENDINGS: dict[str, tuple[Any, Any]] = {"resume": (Resume, False), "overwrite": (Overwrite, False)}
+OVERRIDES: dict[str, tuple[Any, Any]] = {"overrides": (Overrides, ())}
+ASKED = inspect.Parameter.empty  # as a default: the user must give it
+
+
+def _argument(kind: Any, metavar: str) -> Any:
+    return Annotated[kind, typer.Argument(metavar=metavar, show_default=False)]
+
+
+def _option(kind: Any, help: str, *names: str, **settings: Any) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, **settings)]
+
+
+def _command(verb: str, help: str, options: Mapping[str, tuple[Any, Any]]) -> None:
+    """Add a verb whose options, name -> (type, default), are the arguments of its function."""
+
+    def command(**given: Any) -> None:
+        raise typer.Exit(run_verb(verb, given))
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in options.items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {name: kind for name, (kind, _) in options.items()}
+    app.command(verb, help=help)(command)
+
+
+_command(
+    "index",
+    "Find every scan in archives: one row each with its facts, a verdict, a pseudonym and a split.",
+    {
+        "archives": (_argument(list[Path], "ARCHIVE"), ASKED),
+        "out": (Out, ASKED),
+        "workers": (Workers, 0),
+        "seed": (_option(int, "Seed of the patient-wise split."), 0),
+        **ENDINGS,
+    },
+)
+_command(
+    "prepare",
+    "Bring accepted scans to one orientation, spacing and type, and store them.",
+    {
+        "index": (_argument(Path, "INDEX"), ASKED),
+        "out": (Out, ASKED),
+        "recipe": (Recipe, "prepare_ct"),
+        "workers": (Workers, 0),
+        "scheduler": (
+            _option(str | None, "Address of a Dask cluster, tcp://HOST:PORT, instead of local processes."),
+            None,
+        ),
+        **ENDINGS,
+        **OVERRIDES,
+    },
+)
+_command(
+    "pretrain",
+    "Train an encoder on a store, without labels.",
+    {
+        "recipe": (Recipe, ASKED),
+        "store": (_option(Path, "Folder that prepare left."), ASKED),
+        "out": (Out, ASKED),
+        **ENDINGS,
+        **OVERRIDES,
+    },
+)
+_command(
+    "export",
+    "Copy the encoder out of a run in a format that other tools read.",
+    {
+        "source": (_argument(Path, "RUN_OR_BUNDLE"), ASKED),
+        "to": (_option(str, "Format: bundle."), ASKED),
+        "out": (Out, ASKED),
+        "overwrite": ENDINGS["overwrite"],
+    },
+)
+_command(
+    "finetune",
+    "Train a segmentation network on labelled cases, from a bundle or from scratch.",
+    {
+        "recipe": (Recipe, ASKED),
+        "data": (
+            _option(Path, "Folder of labelled cases: Medical Segmentation Decathlon or nnU-Net v2 layout."),
+            ASKED,
+        ),
+        "weights": (_option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
+        "out": (Out, ASKED),
+        "fold": (_option(int, "Which fold is held out.", min=0), 0),
+        "labels": (
+            _option(
+                Any,
+                "Share (0.1) or count (12) of the training cases to use.",
+                parser=share_or_count,
+                metavar="SHARE|COUNT",
+            ),
+            1.0,
+        ),
+        "seed": (_option(int, "Seed of the weights, the draws and the labelled share."), 0),
+        **ENDINGS,
+        **OVERRIDES,
+    },
+)
+_command(
+    "predict",
+    "Segment images with a fine-tuned run: one label map each, on the image's own grid.",
+    {
+        "run": (_argument(Path, "RUN"), ASKED),
+        "inputs": (_argument(list[Path], "INPUT"), ASKED),
+        "out": (Out, ASKED),
+        "format": (_option(str, "Format: nifti."), "nifti"),
+        "overwrite": ENDINGS["overwrite"],
+    },
+)
+_command(
+    "evaluate",
+    "Compare label maps with references: one row per case and label.",
+    {
+        "predictions": (_argument(Path, "PREDICTIONS"), ASKED),
+        "references": (_argument(Path, "REFERENCES"), ASKED),
+        "recipe": (Recipe, ASKED),
+        "out": (Out, ASKED),
+        "overwrite": ENDINGS["overwrite"],
+    },
+)
+_command(
+    "report",
+    "Put runs on one self-contained HTML page.",
+    {
+        "runs": (_argument(list[Path], "RUN"), ASKED),
+        "out": (_option(Path, "HTML file to write."), ASKED),
+        "overwrite": ENDINGS["overwrite"],
+    },
+)
+_command(
+    "demo",
+    "Run the whole pipeline on synthetic scans, to a report.",
+    {"out": (Out, ASKED), "overwrite": ENDINGS["overwrite"]},
+)
+
+if __name__ == "__main__":
+    main()

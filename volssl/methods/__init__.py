@@ -1,0 +1,1 @@
+"""Shelf of self-supervised methods, one complete method per file."""

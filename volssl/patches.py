@@ -1,0 +1,155 @@
+"""Store -> batches of boxes, drawn as a pure function of (seed, step, rank).
+
+A batch is one item of a map-style dataset indexed by the step, so the stream does not depend on the number of workers, and a resumed run
+asks for the next step and gets what it would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from volssl.draws import generator
+from volssl.files import BadInput
+from volssl.store import Store
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One batch. boxes_BCXYZ: int16 as stored. scan_ids: pseudonyms. corners_B3: first voxel of each box in its stored array."""
+
+    boxes_BCXYZ: Tensor
+    scan_ids: list[str]
+    corners_B3: Tensor
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """Which boxes are read.
+
+    Attributes:
+        box_vox: sides of the parent box of a sample. batch_size: samples per step and process. workers: reading processes.
+        min_body: a box should hold at least this share of body; the best of `attempts` draws is taken, so a small scan cannot hang it.
+        body_above: what counts as body, on the [0, 1] scale of the store's window (0.1 of a [-1000, 1000] HU window is -800 HU, which
+            leaves out air but not lung vessels).
+    """
+
+    box_vox: Size = (128, 128, 112)
+    batch_size: int = 8
+    workers: int = 2
+    min_body: float = 0.2
+    body_above: float = 0.1
+    attempts: int = 4
+
+    def __post_init__(self) -> None:
+        faults = []
+        if min(self.box_vox) < 1:
+            faults.append(f"box_vox must be positive; found {self.box_vox}")
+        if self.batch_size < 1 or self.workers < 0 or self.attempts < 1:
+            faults.append(
+                f"batch_size >= 1, workers >= 0, attempts >= 1 must hold; found {self.batch_size}, {self.workers}, {self.attempts}"
+            )
+        if not 0 <= self.min_body <= 1:
+            faults.append(f"min_body must lie in [0, 1]; found {self.min_body}")
+        if faults:
+            raise BadInput("; ".join(faults))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who draws: split of the store, seed, stream name (so that validation differs from training), rank and number of processes."""
+
+    split: str = "train"
+    seed: int = 0
+    stream: str = "patches"
+    rank: int = 0
+
+
+class PatchStream(Dataset[Patches]):
+    """Batches by step. Every sample b of a step draws from (seed, stream, step, rank * batch_size + b) alone.
+
+    Raises: BadInput: if the split holds no scan.
+    """
+
+    def __init__(self, store: Store, plan: PatchPlan, *, source: Source, steps: int) -> None:
+        self.store, self.plan, self.source, self.steps = store, plan, source, steps
+        self.rows = [row for row in store.rows if row.split == source.split]
+        if not self.rows:
+            splits = sorted({row.split for row in store.rows})
+            raise BadInput(
+                f"store: split {source.split!r} must hold at least one scan; found none; splits there: {', '.join(splits) or 'none'}"
+            )
+        low, high = store.window
+        self._body_level = low + plan.body_above * (high - low)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Patches:
+        """The batch of `step`."""
+        drawn = [self._sample(step, self.source.rank * self.plan.batch_size + b) for b in range(self.plan.batch_size)]
+        boxes, scan_ids, corners = zip(*drawn, strict=True)
+        return Patches(torch.from_numpy(np.stack(boxes)), list(scan_ids), torch.tensor(corners))
+
+    def _sample(self, step: int, sample: int) -> tuple[np.ndarray, str, list[int]]:
+        draws = generator(self.source.seed, self.source.stream, step, sample)
+        row = self.rows[int(draws.integers(len(self.rows)))]
+        best_share, best = -1.0, (np.empty(0), [0, 0, 0])
+        for _ in range(self.plan.attempts):
+            corner = [_corner(draws, room - side) for room, side in zip(row.shape_vox, self.plan.box_vox, strict=True)]
+            box = self.store.read_box(row.scan_id, corner, self.plan.box_vox)
+            share = float((box > self._body_level).mean())
+            if share > best_share:
+                best_share, best = share, (box, corner)
+            if share >= self.plan.min_body:
+                break
+        return best[0], row.scan_id, best[1]
+
+
+def _corner(draws: np.random.Generator, room: int) -> int:
+    # A scan narrower than the box stands in its middle; the rest is filled as outside.
+    return int(draws.integers(room + 1)) if room >= 0 else room // 2
+
+
+class _Steps(torch.utils.data.Sampler[int]):
+    def __init__(self, first: int, last: int) -> None:
+        self._range = range(first, last)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._range)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+
+def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> DataLoader[Patches]:
+    """Batches of the steps from `first_step` to the stream's end, read ahead by the plan's workers; `pin` for a CUDA device."""
+    workers = min(stream.plan.workers, max(stream.steps - first_step, 0))
+    return DataLoader(
+        stream,
+        batch_size=None,
+        sampler=_Steps(first_step, stream.steps),
+        num_workers=workers,
+        collate_fn=_as_is,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin,
+        persistent_workers=False,
+    )
+
+
+def _as_is(batch: Patches) -> Patches:
+    return batch
+
+
+def to_unit(boxes_BCXYZ: Tensor, window: tuple[float, float], device: torch.device) -> Tensor:
+    """Move int16 boxes to the device (half the bytes of float32) and map the window to [0, 1], clipped: float32."""
+    low, high = window
+    x_BCXYZ = boxes_BCXYZ.to(device, non_blocking=True).float()
+    return x_BCXYZ.sub_(low).div_(high - low).clamp_(0, 1)

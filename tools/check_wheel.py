@@ -19,7 +19,8 @@ def main() -> None:
     for arguments in ([], *([verb] for verb in verbs)):
         subprocess.run([command, *arguments, "--help"], check=True, stdout=subprocess.DEVNULL)
     recipes = sorted(shelf_of_recipes().glob("*.yaml"))
-    assert recipes and shelf_of_recipes().is_relative_to(package), "the wheel holds no recipes"
+    assert recipes, "the wheel holds no recipes"
+    assert shelf_of_recipes().is_relative_to(package), f"the recipes lie outside the wheel: {shelf_of_recipes()}"
     for recipe in recipes:
         load(recipe.stem, verb=_verb_of(recipe))
     print(f"volssl {volssl.__version__}: {len(verbs)} verbs answer, {len(recipes)} recipes load")

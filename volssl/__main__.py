@@ -1,4 +1,4 @@
-"""The command line, `volssl <verb>`: the options of a verb are the arguments of its function, which is imported only when it runs."""
+"""The command line, `volssl <verb>`: a verb's options are the arguments of its function, imported only when it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import importlib
 import inspect
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -29,7 +28,7 @@ VERBS = {
     "demo": "volssl.demo:run",
 }
 
-DONE, BUG, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 # Trouble with the user's disk, which no traceback explains better.
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -57,11 +56,12 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
-def _volssl(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
-) -> None:
-    del version
+def _volssl(version: Version = False) -> None:
+    del version  # shown by its callback, before any verb
 
 
 def share_or_count(text: str) -> int | float:
@@ -128,25 +128,28 @@ def _message(error: Exception) -> str:
     return str(error)
 
 
-Out = Annotated[Path, typer.Option(help="Folder to write; must be new or empty.")]
-Recipe = Annotated[str, typer.Option(help="A recipe file, or the name of a shipped recipe.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0: one per core.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on in --out where an earlier call stopped.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call left in --out.")]
-Overrides = Annotated[
-    list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)
-]
-ENDINGS: dict[str, tuple[Any, Any]] = {"resume": (Resume, False), "overwrite": (Overwrite, False)}
-OVERRIDES: dict[str, tuple[Any, Any]] = {"overrides": (Overrides, ())}
-ASKED = inspect.Parameter.empty  # as a default: the user must give it
-
-
 def _argument(kind: Any, metavar: str) -> Any:
     return Annotated[kind, typer.Argument(metavar=metavar, show_default=False)]
 
 
 def _option(kind: Any, help: str, *names: str, **settings: Any) -> Any:
     return Annotated[kind, typer.Option(*names, help=help, **settings)]
+
+
+Out = _option(Path, "Folder to write; must be new or empty.")
+Recipe = _option(str, "A recipe file, or the name of a shipped recipe.")
+Workers = _option(int, "Processes that read; 0: one per core.", min=0)
+Resume = _option(bool, "Go on in --out where an earlier call stopped.", "--resume")
+Overwrite = _option(bool, "Replace what an earlier call left in --out.", "--overwrite")
+Labels = _option(
+    Any, "Share (0.1) or count (12) of the training cases to use.", parser=share_or_count, metavar="SHARE|COUNT"
+)
+Overrides = Annotated[
+    list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)
+]
+ENDINGS: dict[str, tuple[Any, Any]] = {"resume": (Resume, False), "overwrite": (Overwrite, False)}
+OVERRIDES: dict[str, tuple[Any, Any]] = {"overrides": (Overrides, ())}
+ASKED = inspect.Parameter.empty  # as a default: the user must give it
 
 
 def _command(verb: str, help: str, options: Mapping[str, tuple[Any, Any]]) -> None:
@@ -166,7 +169,7 @@ def _command(verb: str, help: str, options: Mapping[str, tuple[Any, Any]]) -> No
 
 _command(
     "index",
-    "Find every scan in archives: one row each with its facts, a verdict, a pseudonym and a split.",
+    "Find every scan: one row each with facts, verdict and split.",
     {
         "archives": (_argument(list[Path], "ARCHIVE"), ASKED),
         "out": (Out, ASKED),
@@ -177,14 +180,14 @@ _command(
 )
 _command(
     "prepare",
-    "Bring accepted scans to one orientation, spacing and type, and store them.",
+    "Bring scans to one orientation, spacing and type.",
     {
         "index": (_argument(Path, "INDEX"), ASKED),
         "out": (Out, ASKED),
         "recipe": (Recipe, "prepare_ct"),
         "workers": (Workers, 0),
         "scheduler": (
-            _option(str | None, "Address of a Dask cluster, tcp://HOST:PORT, instead of local processes."),
+            _option(str | None, "Address of a Dask cluster: tcp://HOST:PORT."),
             None,
         ),
         **ENDINGS,
@@ -204,7 +207,7 @@ _command(
 )
 _command(
     "export",
-    "Copy the encoder out of a run in a format that other tools read.",
+    "Copy the encoder of a run in a format others read.",
     {
         "source": (_argument(Path, "RUN_OR_BUNDLE"), ASKED),
         "to": (_option(str, "Format: bundle."), ASKED),
@@ -214,25 +217,17 @@ _command(
 )
 _command(
     "finetune",
-    "Train a segmentation network on labelled cases, from a bundle or from scratch.",
+    "Train a segmentation network from a bundle or from scratch.",
     {
         "recipe": (Recipe, ASKED),
         "data": (
-            _option(Path, "Folder of labelled cases: Medical Segmentation Decathlon or nnU-Net v2 layout."),
+            _option(Path, "Labelled cases, laid out as the Decathlon or nnU-Net v2 does."),
             ASKED,
         ),
         "weights": (_option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
         "out": (Out, ASKED),
         "fold": (_option(int, "Which fold is held out.", min=0), 0),
-        "labels": (
-            _option(
-                Any,
-                "Share (0.1) or count (12) of the training cases to use.",
-                parser=share_or_count,
-                metavar="SHARE|COUNT",
-            ),
-            1.0,
-        ),
+        "labels": (Labels, 1.0),
         "seed": (_option(int, "Seed of the weights, the draws and the labelled share."), 0),
         **ENDINGS,
         **OVERRIDES,
@@ -240,7 +235,7 @@ _command(
 )
 _command(
     "predict",
-    "Segment images with a fine-tuned run: one label map each, on the image's own grid.",
+    "Segment images: one label map each, on the image's grid.",
     {
         "run": (_argument(Path, "RUN"), ASKED),
         "inputs": (_argument(list[Path], "INPUT"), ASKED),
@@ -251,7 +246,7 @@ _command(
 )
 _command(
     "evaluate",
-    "Compare label maps with references: one row per case and label.",
+    "Score label maps: one row per case and label.",
     {
         "predictions": (_argument(Path, "PREDICTIONS"), ASKED),
         "references": (_argument(Path, "REFERENCES"), ASKED),

@@ -56,7 +56,7 @@ def claim_out(out: Path, *, resume: bool = False, overwrite: bool = False) -> Pa
     return out
 
 
-MARKS = ("recipe.yaml", "store.json", "index.csv", "summary.json", "environment.json", "demo.json", "cases.csv")
+MARKS = ("recipe.yaml", "store.json", "index.csv", "summary.json", "environment.json", "demo.json", "cases.csv", "card.json")
 
 
 def _empty(folder: Path) -> None:

@@ -7,6 +7,10 @@ import math
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -55,11 +59,38 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stream.close()
         self._board.close()
+
+
+@dataclass
+class Clock:
+    """Samples per second and the share of the time spent waiting for data, since the last reading."""
+
+    samples: int = 0
+    waited: float = 0.0
+    begun: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting."""
+        start = time.monotonic()
+        yield
+        self.waited += time.monotonic() - start
+
+    def read(self) -> dict[str, float]:
+        """The numbers since the last reading; `seconds` since the start of this process's training."""
+        now = time.monotonic()
+        span = max(now - self.last, 1e-9)
+        numbers = {
+            "seconds": now - self.begun,
+            "samples_per_second": self.samples / span,
+            "data_wait_share": self.waited / span,
+        }
+        self.samples, self.waited, self.last = 0, 0.0, now
+        return numbers
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -77,16 +108,13 @@ def write_environment(out: Path, *, device: torch.device, precision: str, seed: 
             "commit": _commit(),
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
-            "device": torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"CPU ({torch.backends.cpu.get_cpu_capability()})",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.backends.cpu.get_cpu_capability()})",
             "threads": torch.get_num_threads(),
             "precision": precision,
             "seed": seed,
             "verb": sys.argv[1] if len(sys.argv) > 1 and sys.argv[1].isalpha() else None,
             "packages": {
-                name: _version(name)
-                for name in ("torch", "lightning", "monai", "numpy", "scipy", "blosc2", "SimpleITK", "nibabel")
+                name: _version(name) for name in ("torch", "lightning", "monai", "numpy", "scipy", "blosc2", "SimpleITK", "nibabel")
             },
         },
     )
@@ -105,9 +133,7 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        told = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        told = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return told.stdout.strip() or None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from volssl.checkpoints import BEST, Checkpoints, StopSignal, check_finite
 from volssl.draws import Draws
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, claim_out, track
-from volssl.journal import Journal, write_environment
+from volssl.journal import Clock, Journal, write_environment
 from volssl.methods.method import AbstractMethod
 from volssl.patches import Patches, PatchPlan, PatchStream, Source, loader, to_unit
 from volssl.pictures import restoration_png
@@ -171,9 +170,7 @@ def _same_recipe(out: Path, values: dict[str, Any], *, resume: bool) -> None:
     path = out / "recipe.yaml"
     if resume and path.exists():
         before = recipes.load(path, verb="pretrain")
-        changed = sorted(
-            key for key in before.keys() | values.keys() if before.get(key) != values.get(key) and key != "saving"
-        )
+        changed = sorted(key for key in before.keys() | values.keys() if before.get(key) != values.get(key) and key != "saving")
         if changed:
             raise BadInput(
                 f"--resume: the recipe must be the one the run began with; found other values under {', '.join(changed)}; start a new run"
@@ -184,9 +181,7 @@ def _same_recipe(out: Path, values: dict[str, Any], *, resume: bool) -> None:
 def fabric_precision(asked: Precision) -> Any:
     """Lightning's name of a precision; auto takes bf16 only where the hardware multiplies it, as emulation is many times slower."""
     if asked == "auto":
-        capable = (
-            torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
+        capable = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         asked = "bf16" if capable else "fp32"
     return FABRIC_PRECISION[asked]
 
@@ -197,9 +192,7 @@ def _start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], store: 
     optimizers = {}
     for party, parameters in method.parties().items():
         if training.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                parameters, training.lr, momentum=0.9, weight_decay=training.weight_decay
-            )
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, training.lr, momentum=0.9, weight_decay=training.weight_decay)
         else:
             optimizer = torch.optim.AdamW(parameters, training.lr, weight_decay=training.weight_decay)
         optimizers[party] = fabric.setup_optimizers(optimizer)
@@ -209,11 +202,7 @@ def _start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], store: 
 def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Journal, stop: StopSignal) -> None:
     """The training loop: views, then per turn backward and step, then what is due is written."""
     training, method = current.training, current.method
-    batches = iter(
-        _stream(
-            current, "patches", "train", training.steps * training.accumulate, current.steps_done * training.accumulate
-        )
-    )
+    batches = iter(_stream(current, "patches", "train", training.steps * training.accumulate, current.steps_done * training.accumulate))
     clock = Clock()
     remaining = range(current.steps_done, training.steps)
     for step in track(remaining, total=training.steps, label="pretrain", start=current.steps_done):
@@ -232,9 +221,7 @@ def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Jour
         clock.samples += len(scans)
         numbers = sums | {"lr": lr}
         if current.steps_done % saving.log_every == 0 or current.steps_done == training.steps:
-            journal.log(
-                step=current.steps_done, progress=current.steps_done / training.steps, **clock.read(), **numbers
-            )
+            journal.log(step=current.steps_done, progress=current.steps_done / training.steps, **clock.read(), **numbers)
         _write_what_is_due(current, saving, checkpoints, journal, views[0])
         if stop.asked:
             break
@@ -261,11 +248,7 @@ def _turns(current: Run, views: list[Any], progress: float, scans: list[str]) ->
 
 def _step(current: Run, party: str, lr: float, scans: list[str]) -> float:
     optimizer, clip = current.optimizers[party], current.training.clip
-    norm = float(
-        current.fabric.clip_gradients(
-            current.method, optimizer, max_norm=clip or float("inf"), error_if_nonfinite=False
-        )
-    )
+    norm = float(current.fabric.clip_gradients(current.method, optimizer, max_norm=clip or float("inf"), error_if_nonfinite=False))
     # A gradient scaler skips a step whose gradients overflowed and lowers its scale; without one nothing may be swallowed.
     if scaler_of(current.fabric) is None:
         check_finite({f"gradient of {party}": torch.tensor(norm)}, step=current.steps_done, scans=scans)
@@ -327,35 +310,6 @@ def unchanged(module: torch.nn.Module) -> Iterator[None]:
     yield
     for name, buffer in module.named_buffers():
         buffer.copy_(before[name])
-
-
-@dataclass
-class Clock:
-    """Samples per second and the share of the time spent waiting for data, since the last reading."""
-
-    samples: int = 0
-    waited: float = 0.0
-    begun: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting."""
-        start = time.monotonic()
-        yield
-        self.waited += time.monotonic() - start
-
-    def read(self) -> dict[str, float]:
-        """The numbers since the last reading; `seconds` since the start of this process's training."""
-        now = time.monotonic()
-        span = max(now - self.last, 1e-9)
-        numbers = {
-            "seconds": now - self.begun,
-            "samples_per_second": self.samples / span,
-            "data_wait_share": self.waited / span,
-        }
-        self.samples, self.waited, self.last = 0, 0.0, now
-        return numbers
 
 
 def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: AbstractMethod) -> bundle.Card:

@@ -55,9 +55,7 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = (), *, verb: str) 
         raise BadInput(f"recipe {name_or_path}: must be a mapping of keys to values; found {type(values).__name__}")
     written_for = values.pop("verb", None)
     if written_for != verb:
-        raise BadInput(
-            f"recipe {name_or_path}: must say `verb: {verb}` to be run by it; found {written_for!r}; choose a recipe for {verb}"
-        )
+        raise BadInput(f"recipe {name_or_path}: must say `verb: {verb}` to be run by it; found {written_for!r}; choose a recipe for {verb}")
     for override in overrides:
         _lay_over(values, override)
     return values
@@ -115,19 +113,14 @@ def parse(values: Mapping[str, Any], parts: Mapping[str, Any], where: str) -> di
         except BadInput as error:
             complaints.append(str(error))
     if complaints:
-        raise BadInput(
-            f"recipe {where} has {len(complaints)} fault(s); mend them:\n  "
-            + "\n  ".join("\n".join(complaints).splitlines())
-        )
+        raise BadInput(f"recipe {where} has {len(complaints)} fault(s); mend them:\n  " + "\n  ".join("\n".join(complaints).splitlines()))
     return made
 
 
 def _parse_one(value: Any, part: Any, key: str) -> Any:
     if isinstance(part, str):
         if not isinstance(value, Mapping) or "name" not in value:
-            raise BadInput(
-                f"{key}: must be a mapping with `name:`, one of {', '.join(on_shelf(part))}; found {value!r}"
-            )
+            raise BadInput(f"{key}: must be a mapping with `name:`, one of {', '.join(on_shelf(part))}; found {value!r}")
         target = find(part, str(value["name"]))
         return Part(str(value["name"]), target, arguments(target, {k: v for k, v in value.items() if k != "name"}, key))
     if dataclasses.is_dataclass(part) and isinstance(part, type):
@@ -168,9 +161,7 @@ def arguments(target: Callable[..., Any], values: Mapping[str, Any], where: str)
 
     A parameter that a recipe cannot hold (a module, a tensor) is left for the code to give.
     """
-    hints = get_type_hints(
-        target if not inspect.isclass(target) or dataclasses.is_dataclass(target) else target.__init__
-    )
+    hints = get_type_hints(target if not inspect.isclass(target) or dataclasses.is_dataclass(target) else target.__init__)
     known: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):

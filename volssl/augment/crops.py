@@ -40,9 +40,7 @@ class PairCrops:
             )
         if not self.pairs():
             best = max(_best_overlap(a, b) for a in self.global_sizes_vox for b in self.global_sizes_vox)
-            raise BadInput(
-                f"min_overlap: some pair of sizes must be able to exceed {self.min_overlap}; found at most {best:.3f}; lower it"
-            )
+            raise BadInput(f"min_overlap: some pair of sizes must be able to exceed {self.min_overlap}; found at most {best:.3f}; lower it")
 
     def pairs(self) -> list[tuple[Size, Size]]:
         """Ordered pairs of sizes that can overlap enough."""
@@ -84,9 +82,7 @@ class PairCrops:
         return np.stack([low_3 + source.integers(room_3 - size_3 + 1), size_3])
 
 
-def overlap(
-    start_N3: np.ndarray, size_N3: np.ndarray, other_start_N3: np.ndarray, other_size_N3: np.ndarray
-) -> np.ndarray:
+def overlap(start_N3: np.ndarray, size_N3: np.ndarray, other_start_N3: np.ndarray, other_size_N3: np.ndarray) -> np.ndarray:
     """Intersection over union of boxes, (N,)."""
     low = np.maximum(start_N3, other_start_N3)
     high = np.minimum(start_N3 + size_N3, other_start_N3 + other_size_N3)

@@ -34,9 +34,7 @@ def _blur_matrix(sigma_B: Tensor, side: int) -> Tensor:
     weights = weights / weights.sum(1, keepdim=True)
     source = (torch.arange(side, device=sigma_B.device)[:, None] + offsets.long()).clamp(0, side - 1)
     matrix = torch.zeros(len(sigma_B), side, side, device=sigma_B.device)
-    return matrix.scatter_add_(
-        2, source.expand(len(sigma_B), -1, -1), weights[:, None].expand(-1, side, -1).contiguous()
-    )
+    return matrix.scatter_add_(2, source.expand(len(sigma_B), -1, -1), weights[:, None].expand(-1, side, -1).contiguous())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,16 @@ def load_encoder(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     net = net_class(**arguments(net_class, architecture["arguments"], "card.json architecture"))
     into(net.encoder, bundle)
     return net.encoder.eval(), bundle.card
+
+
+def export(source: Path, out: Path) -> None:
+    """Copy the bundle that lies in or at `source` into the empty folder `out`; both are proven to load."""
+    load_encoder(source)
+    folder = source / "bundle" if (source / "bundle" / "card.json").exists() else source
+    for name in ("encoder.safetensors", "README.md", "card.json"):
+        with atomic(out / name) as temporary:
+            shutil.copyfile(folder / name, temporary)
+    load_encoder(out)
 
 
 def into(encoder: nn.Module, bundle: Bundle) -> None:

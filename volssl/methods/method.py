@@ -45,7 +45,7 @@ class AbstractMethod(nn.Module, ABC):
         """Parameters by party; each gets an optimiser of its own."""
         return {"all": list(self.parameters())}
 
-    def after_step(self, progress: float) -> None:  # noqa: B027 - most methods have nothing to do here
+    def after_step(self, progress: float) -> None:
         """What happens after a step, such as a moving average."""
 
 

@@ -94,7 +94,10 @@ class PCRLv2(AbstractMethod):
         to. geometry: flip and affine. corruption, restoration, comparison: see there.
     """
 
-    citation = "Zhou et al., A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image Analysis, TPAMI 2023"
+    citation = (
+        "Zhou et al., A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image Analysis, "
+        "TPAMI 2023"
+    )
     normalisation = "zscore"
 
     def __init__(
@@ -136,9 +139,7 @@ class PCRLv2(AbstractMethod):
                     f"method.out_vox: every side of a {name} must be a multiple of the net's stride {self.net.stride}; found {size}"
                 )
         if batch_size < 2:
-            faults.append(
-                f"patches.batch_size: batch normalisation in the comparison heads needs at least 2; found {batch_size}"
-            )
+            faults.append(f"patches.batch_size: batch normalisation in the comparison heads needs at least 2; found {batch_size}")
         if self.restoration.views == "none" and not (self.comparison.globals or self.comparison.locals):
             faults.append("method: restoration or comparison must be on; found both off")
         if faults:
@@ -159,9 +160,7 @@ class PCRLv2(AbstractMethod):
             crop = take(x_BCXYZ, box, self.local_vox, matrix_B33=self.geometry.sample(stream), spacing_mm=spacing_mm)
             locals_.append(self._corrupt(crop, stream, swap=False))
         # The scales are drawn from the step alone: all samples, and all processes, share them.
-        scales = generator(draws.seed, "scales", draws.step).integers(
-            len(self.comparison_heads), size=1 + 2 * len(locals_)
-        )
+        scales = generator(draws.seed, "scales", draws.step).integers(len(self.comparison_heads), size=1 + 2 * len(locals_))
         local_views = torch.cat(locals_) if locals_ else x_BCXYZ.new_empty(0)
         return Views(seen[0], seen[1], local_views, (*boxes[:2], *boxes[2]), int(scales[0]), tuple(scales[1:].tolist()))
 

@@ -104,9 +104,7 @@ def composed_up_conv(coarse_BCXYZ: Tensor, up: nn.ConvTranspose3d, weight_OMxyz:
     batch, _, *size = coarse_BCXYZ.shape
     up_AMs = up.weight.flatten(2)
     ones_B1XYZ = coarse_BCXYZ.new_ones(batch, 1, *size)
-    bias_1Ms = (
-        up.bias.view(1, -1, 1).expand(1, -1, 8) if up.bias is not None else up_AMs.new_zeros(1, up_AMs.shape[1], 8)
-    )
+    bias_1Ms = up.bias.view(1, -1, 1).expand(1, -1, 8) if up.bias is not None else up_AMs.new_zeros(1, up_AMs.shape[1], 8)
     up_AMs = torch.cat([up_AMs, bias_1Ms])
     products_OAts = torch.einsum("omt,ams->oats", weight_OMxyz.flatten(2), up_AMs)
     out, inside = products_OAts.shape[:2]
@@ -115,9 +113,7 @@ def composed_up_conv(coarse_BCXYZ: Tensor, up: nn.ConvTranspose3d, weight_OMxyz:
     )
     kernel = kernel_OApd.view(out, inside, 8, 2, 2, 2).movedim(2, 0).flatten(0, 1)
     y = F.conv3d(torch.cat([coarse_BCXYZ, ones_B1XYZ], 1), kernel, padding=1).unflatten(1, (8, out))
-    fine = torch.empty(
-        (batch, out, *(2 * n for n in size)), dtype=y.dtype, device=y.device, memory_format=_layout(coarse_BCXYZ)
-    )
+    fine = torch.empty((batch, out, *(2 * n for n in size)), dtype=y.dtype, device=y.device, memory_format=_layout(coarse_BCXYZ))
     return _interleave(y, fine)
 
 

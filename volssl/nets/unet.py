@@ -78,14 +78,10 @@ class UNet(nn.Module):
     Attributes: encoder, decoder; arguments: what rebuilds it; stride: every side of the input must be a multiple of it.
     """
 
-    def __init__(
-        self, in_channels: int = 1, *, width: int = 32, depth: int = 4, norm: Norm = "batch", skips: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int = 1, *, width: int = 32, depth: int = 4, norm: Norm = "batch", skips: bool = False) -> None:
         super().__init__()
         if width < 1 or depth < 2 or in_channels < 1:
-            raise BadInput(
-                f"net unet: width >= 1, depth >= 2 and in_channels >= 1 must hold; found {width}, {depth}, {in_channels}"
-            )
+            raise BadInput(f"net unet: width >= 1, depth >= 2 and in_channels >= 1 must hold; found {width}, {depth}, {in_channels}")
         self.arguments = {"in_channels": in_channels, "width": width, "depth": depth, "norm": norm}
         self.encoder = UNetEncoder(in_channels, width=width, depth=depth, norm=norm)
         self.decoder = UNetDecoder(self.encoder.channels, skips=skips, norm=norm)

@@ -1,0 +1,67 @@
+"""Intensity changes and the patch swap: ranges, purity, and that the input is left alone."""
+
+import pytest
+import torch
+
+from volssl.augment.corrupt import PatchSwap
+from volssl.augment.intensity import Blur, Contrast, Gamma, Noise, zscore
+from volssl.draws import Draws
+
+TRANSFORMS = [Blur(), Noise(), Gamma(), Gamma(rescale=True), Contrast(), PatchSwap(swaps=20)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: type(t).__name__)
+def test_apply_is_pure_and_per_sample(transform):
+    x = torch.rand(3, 1, 16, 12, 12)
+    before = x.clone()
+    params = transform.sample(Draws(0, 5, 0, 3))
+    once, twice = transform.apply(x, params), transform.apply(x, params)
+    assert torch.equal(x, before), "the input was changed"
+    assert torch.equal(once, twice)
+    assert not torch.equal(once, x)
+    alone = transform.apply(x[2:], transform.sample(Draws(0, 5, 2, 1)))
+    torch.testing.assert_close(once[2:], alone)
+
+
+@pytest.mark.parametrize("transform", [Blur(share=0.0), Noise(share=0.0), Contrast(share=0.0), Gamma(share=0.0)], ids=lambda t: type(t).__name__)
+def test_share_zero_changes_nothing(transform):
+    x = torch.rand(2, 1, 8, 8, 8)
+    torch.testing.assert_close(transform.apply(x, transform.sample(Draws(0, 5, 0, 2))), x)
+
+
+def test_swap_only_moves_voxels():
+    x = torch.rand(2, 1, 64, 64, 32)
+    swap = PatchSwap()
+    swapped = swap.apply(x, swap.sample(Draws(0, 0, 0, 2)))
+    assert torch.isin(swapped, x).all()
+    moved = (swapped != x).float().mean((1, 2, 3, 4))
+    # The reference's settings move about 17.4 % of a 64 x 64 x 32 view.
+    assert ((moved > 0.15) & (moved < 0.19)).all(), moved
+
+
+def test_swap_equals_a_plain_loop():
+    x = torch.rand(1, 1, 10, 9, 8)
+    swap = PatchSwap(patch_vox=(4, 3, 2), swaps=15)
+    params = swap.sample(Draws(1, 2, 0, 1))
+    plain = x[0, 0].clone()
+    room = torch.tensor([7, 7, 7])
+    for one, other in (params[0] * room).long():
+        a = tuple(slice(int(s), int(s) + n) for s, n in zip(one, (4, 3, 2), strict=True))
+        b = tuple(slice(int(s), int(s) + n) for s, n in zip(other, (4, 3, 2), strict=True))
+        first, second = plain[a].clone(), plain[b].clone()
+        plain[b] = first
+        plain[a] = second
+    assert torch.equal(swap.apply(x, params)[0, 0], plain)
+
+
+def test_zscore_and_its_constant_case():
+    x = torch.stack([torch.rand(1, 8, 8, 8) * 5 + 3, torch.full((1, 8, 8, 8), 0.7)])
+    z = zscore(x)
+    assert abs(float(z[0].mean())) < 1e-5 and abs(float(z[0].std(correction=0)) - 1) < 1e-4
+    assert float(z[1].abs().max()) < 1e-2
+
+
+def test_gamma_keeps_sign():
+    x = torch.tensor([-0.5, 0.0, 0.25]).view(1, 1, 3, 1, 1)
+    y = Gamma().apply(x, torch.tensor([0.5]))
+    torch.testing.assert_close(y.flatten(), torch.tensor([-(0.5**0.5), 0.0, 0.5]), atol=1e-5, rtol=0)

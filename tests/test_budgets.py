@@ -50,9 +50,9 @@ SAMPLES = [
         "at most 7 arguments; found 8",
     ),
     (
-        "four in a row",
-        DOC + 'def f(a: int, b: int, c: int, d: int) -> None:\n    """D."""\n',
-        "at most 3 arguments may be given by position; found 4",
+        "five in a row",
+        DOC + 'def f(a: int, b: int, c: int, d: int, e: int) -> None:\n    """D."""\n',
+        "at most 4 arguments may be given by position; found 5",
     ),
     (
         "six in a row",

@@ -1,6 +1,6 @@
-"""Grid and Volume: where the voxels of a scan lie in the patient, and the lossless moves between such grids. Pure geometry, no file access.
+"""Grid and Volume: where the voxels of a scan lie in the patient, and the lossless moves between such grids.
 
-World coordinates are millimetres, RAS+ (x to the patient's right-hand *R*, y to anterior *A*, z to superior *S* increase), as in NIfTI.
+World coordinates are millimetres, RAS+ (x grows to the patient's right, y to anterior, z to superior), as in NIfTI.
 A voxel index names the centre of a voxel, so the box of a grid reaches from -0.5 to n - 0.5.
 """
 
@@ -41,13 +41,13 @@ class Grid:
 
     @property
     def orientation(self) -> str:
-        """Codes of the world axes nearest to the array axes, each in the direction of increasing index, such as "RAS" or "LPI"."""
+        """Codes of the world axes nearest to the array axes, in the direction of growing index: "RAS", "LPI", ..."""
         return "".join(CODES[world][1 if sign > 0 else 0] for world, sign in self._nearest())
 
     def _nearest(self) -> list[tuple[int, int]]:
-        # The assignment of array axes to world axes with the largest sum of |cosines|; for each the world axis and its sign.
+        # Each array axis with a world axis of its own, so that the sum of |cosines| is largest; and its sign.
         cosines = self.affine[:3, :3] / np.array(self.spacing_mm)
-        best = max(permutations(range(3)), key=lambda order: sum(abs(cosines[world, axis]) for axis, world in enumerate(order)))
+        best = max(permutations(range(3)), key=lambda worlds: abs(cosines[worlds, range(3)]).sum())
         return [(world, 1 if cosines[world, axis] > 0 else -1) for axis, world in enumerate(best)]
 
     def world(self, voxels_N3: np.ndarray) -> np.ndarray:
@@ -66,7 +66,7 @@ class Grid:
         return Grid((x, y, z), affine)
 
     def resampled(self, spacing_mm: Sequence[float]) -> Grid:
-        """The same axes and centre with another spacing; the box keeps its size to within half a new voxel at each end."""
+        """The same axes and centre with another spacing; each side keeps its length to within half a new voxel."""
         old, new = np.array(self.spacing_mm), np.array(spacing_mm, dtype=np.float64)
         if new.shape != (3,) or not (new > 0).all():
             raise ValueError(f"Grid.resampled: spacing_mm must be three numbers > 0; found {spacing_mm}")
@@ -79,16 +79,16 @@ class Grid:
 
     def turn(self, code: str) -> list[tuple[int, int]]:
         """For each axis of the grid reoriented to `code`: which axis of this grid it is, and 1 or -1 (reversed)."""
-        letters = {letter: (world, 1 if up else -1) for world, pair in enumerate(CODES) for up, letter in enumerate(pair)}
+        letters = {letter: (world, 2 * up - 1) for world, pair in enumerate(CODES) for up, letter in enumerate(pair)}
         wanted = [letters.get(letter, (-1, 0)) for letter in code.upper()]
         if sorted(world for world, _ in wanted) != [0, 1, 2]:
-            raise ValueError(f'Grid: an orientation must name each of L/R, P/A, I/S once, such as "RAS"; found {code!r}')
+            raise ValueError(f"Grid: an orientation must name each of L/R, P/A, I/S once; found {code!r}")
         nearest = self._nearest()
         axes = [next(axis for axis in range(3) if nearest[axis][0] == world) for world, _ in wanted]
         return [(axis, sign * nearest[axis][1]) for axis, (_, sign) in zip(axes, wanted, strict=True)]
 
     def reoriented(self, code: str = "RAS") -> Grid:
-        """The same voxels with the array axes permuted and reversed to lie nearest to `code`; an oblique grid stays oblique."""
+        """The same voxels with axes permuted and reversed to lie nearest to `code`; an oblique grid stays oblique."""
         matrix = np.zeros((4, 4))
         matrix[3, 3] = 1
         turn = self.turn(code)
@@ -115,7 +115,8 @@ class Volume:
 
     def __post_init__(self) -> None:
         if self.array_CXYZ.ndim != 4 or self.array_CXYZ.shape[1:] != self.grid.shape_vox:
-            raise ValueError(f"Volume: array_CXYZ must have the grid's shape {self.grid.shape_vox}; found {self.array_CXYZ.shape}")
+            found = self.array_CXYZ.shape
+            raise ValueError(f"Volume: array_CXYZ must have the grid's shape {self.grid.shape_vox}; found {found}")
 
     def reoriented(self, code: str = "RAS") -> Volume:
         """Permuted and reversed axes only: no voxel value changes. The array is a view."""
@@ -125,8 +126,9 @@ class Volume:
         return Volume(array, self.grid.reoriented(code))
 
     def cropped(self, start: Sequence[int], stop: Sequence[int]) -> Volume:
-        """The part from voxel `start` up to, not including, `stop`, as a view. Raises: ValueError: if it reaches outside."""
+        """The part from voxel `start` up to, not including, `stop`: a view. Raises: ValueError: if it reaches outside."""
         if any(a < 0 or b > n or a >= b for a, b, n in zip(start, stop, self.grid.shape_vox, strict=True)):
-            raise ValueError(f"Volume.cropped: must lie within {self.grid.shape_vox}; found {tuple(start)} to {tuple(stop)}")
+            box = f"{tuple(start)} to {tuple(stop)}"
+            raise ValueError(f"Volume.cropped: must lie within {self.grid.shape_vox}; found {box}")
         box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
         return Volume(self.array_CXYZ[(slice(None), *box)], self.grid.cropped(start, stop))

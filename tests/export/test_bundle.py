@@ -1,0 +1,105 @@
+"""The bundle: written and read to the bit; refused with the full list when it does not fit or was changed."""
+
+import json
+
+import pytest
+import torch
+
+from volssl.export import bundle
+from volssl.files import BadInput
+from volssl.nets.unet import UNet
+
+
+def card(net, **changes):
+    facts = {
+        "architecture": {"name": "unet", "arguments": net.arguments},
+        "in_channels": net.arguments["in_channels"],
+        "spacing_mm": (1.0, 1.0, 1.0),
+        "orientation": "RAS",
+        "intensity": {"modality": "CT", "clip": [-1024, 3071], "window": [-1000, 1000], "normalisation": "zscore"},
+        "method": "pcrlv2",
+        "recipe": {},
+        "steps": 3,
+        "data": {"train_scans": 2, "train_patients": 2},
+        "volssl_version": "0",
+        "citations": ("x",),
+    }
+    return bundle.Card(**(facts | changes))
+
+
+@pytest.fixture
+def written(tmp_path):
+    torch.manual_seed(0)
+    net = UNet(width=4, depth=3)
+    return net, bundle.write(tmp_path / "bundle", net.encoder, card(net))
+
+
+def test_round_trip(written):
+    net, folder = written
+    encoder, facts = bundle.load_encoder(folder)
+    for name, tensor in net.encoder.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor), name
+    maps = encoder(torch.rand(1, 1, 16, 16, 16))
+    assert [m.shape[2] for m in maps] == [16, 8, 4]
+    assert facts["schema"] == 1 and facts["architecture"]["arguments"]["width"] == 4
+    assert "sha256" in (folder / "README.md").read_text()
+
+
+def test_a_run_folder_is_accepted(written):
+    _, folder = written
+    assert bundle.load_bundle(folder.parent).card["method"] == "pcrlv2"
+
+
+def test_one_missing_one_extra_one_misshapen_are_all_listed(written):
+    net, folder = written
+    loaded = bundle.load_bundle(folder)
+    names = list(loaded.state)
+    missing = loaded.state.pop(names[0])
+    loaded.state["not.there"] = missing
+    loaded.state[names[1]] = torch.zeros(3)
+    target = UNet(width=4, depth=3).encoder
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(BadInput) as caught:
+        bundle.into(target, loaded)
+    told = str(caught.value)
+    assert f"missing in the bundle: {names[0]}" in told
+    assert "left over in the bundle: not.there" in told
+    assert f"misshapen: {names[1]}, bundle (3,)" in told
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+
+
+def test_another_architecture_is_refused(written):
+    _, folder = written
+    with pytest.raises(BadInput, match="does not fit this encoder"):
+        bundle.into(UNet(width=8, depth=3).encoder, bundle.load_bundle(folder))
+
+
+def test_first_convolution_is_widened_by_repeat_over_n(written):
+    net, folder = written
+    wide = UNet(4, width=4, depth=3).encoder
+    bundle.into(wide, bundle.load_bundle(folder))
+    x = torch.rand(1, 1, 8, 8, 8)
+    net.eval(), wide.eval()
+    torch.testing.assert_close(wide(x.expand(-1, 4, -1, -1, -1))[-1], net.encoder(x)[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_changed_weights_and_newer_schema_are_refused(written):
+    _, folder = written
+    weights = folder / "encoder.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(BadInput, match="sha256"):
+        bundle.load_bundle(folder)
+    weights.write_bytes(original[: len(original) // 2])
+    with pytest.raises(BadInput, match="sha256"):
+        bundle.load_bundle(folder)
+    weights.write_bytes(original)
+    facts = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(facts | {"schema": 2}))
+    with pytest.raises(BadInput, match="update volssl"):
+        bundle.load_bundle(folder)
+
+
+def test_a_folder_that_is_no_bundle(tmp_path):
+    with pytest.raises(BadInput, match="must be a bundle"):
+        bundle.load_bundle(tmp_path)

@@ -47,7 +47,7 @@ def main() -> None:
     """Entry point of the console script; exits 0 done, 2 bad input or usage, 3 finished but some cases failed."""
     # cuBLAS reads this once, when its first handle is made; without it an exact resume on a GPU is refused by torch.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    app()
+    app(prog_name="volssl")
 
 
 def _show_version(asked: bool) -> None:
@@ -99,7 +99,7 @@ def call(function: Callable[..., Outcome], options: Mapping[str, Any]) -> Outcom
     given = dict(options)
     hints = get_type_hints(function)
     for name in inspect.signature(function).parameters:
-        group = hints[name]
+        group = hints.get(name)
         if name not in given and dataclasses.is_dataclass(group) and isinstance(group, type):
             fields = [field.name for field in dataclasses.fields(group) if field.name in given]
             given[name] = group(**{field: given.pop(field) for field in fields})

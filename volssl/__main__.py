@@ -64,10 +64,11 @@ def _volssl(version: Version = False) -> None:
     del version  # shown by its callback, before any verb
 
 
-def share_or_count(text: str) -> int | float:
+def share_or_count(given: str | float) -> int | float:
     """`0.1` is a share of the labelled training cases, `12` a count of them; so `1.0` is all and `1` a single case."""
+    text = str(given).strip()  # the default comes as the number it is
     try:
-        return int(text) if text.strip().isdigit() else float(text)
+        return int(text) if text.isdigit() else float(text)
     except ValueError:
         raise typer.BadParameter(f"must be a share such as 0.1 or a count such as 12; found {text!r}") from None
 

@@ -1,0 +1,106 @@
+"""Patches: the stream is a function of (seed, step, rank); workers and resuming do not change it; body is preferred."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from volssl.files import BadInput
+from volssl.patches import PatchPlan, PatchStream, Source, loader, to_unit
+
+
+@dataclass(frozen=True)
+class Row:
+    scan_id: str
+    patient_id: str
+    split: str
+    shape_vox: tuple[int, int, int]
+
+
+class MemoryStore:
+    """A store in memory: scan S<n> holds at every voxel its own number, so a box tells where it came from."""
+
+    window = (-1000.0, 1000.0)
+
+    def __init__(self, shapes, body=None):
+        self.rows = [Row(f"S{i}", f"P{i}", "val" if i == 0 else "train", shape) for i, shape in enumerate(shapes)]
+        self.body = body
+
+    def read_box(self, scan_id, start, size):
+        shape = self.rows[int(scan_id[1:])].shape_vox
+        whole = np.arange(np.prod(shape), dtype=np.int64).reshape(shape) % 2000 - 1000
+        if self.body is not None:
+            whole = np.where(np.arange(shape[2]) < self.body, 50, -1000) * np.ones(shape, dtype=np.int64)
+        box = np.full(size, -1000, dtype=np.int16)
+        inside = tuple(slice(max(s, 0), min(s + n, e)) for s, n, e in zip(start, size, shape, strict=True))
+        to = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, start, strict=True))
+        box[to] = whole[inside]
+        return box[None]
+
+
+SHAPES = [(20, 20, 20), (24, 20, 16), (12, 30, 20)]
+PLAN = PatchPlan(box_vox=(8, 8, 8), batch_size=3, workers=0)
+
+
+def batches(workers=0, first=0, seed=0, rank=0, steps=6):
+    plan = PatchPlan(box_vox=(8, 8, 8), batch_size=3, workers=workers)
+    stream = PatchStream(MemoryStore(SHAPES), plan, source=Source(seed=seed, rank=rank), steps=steps)
+    return [(b.boxes_BCXYZ, b.scan_ids, b.corners_B3.tolist()) for b in loader(stream, first_step=first)]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(torch.equal(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(one, other, strict=True))
+
+
+def test_workers_and_resuming_do_not_change_the_stream():
+    whole = batches()
+    assert same(whole, batches(workers=2))
+    assert same(whole[4:], batches(first=4, workers=1))
+    assert not same(whole, batches(seed=1))
+    assert not same(whole, batches(rank=1))
+
+
+def test_two_ranks_draw_what_one_process_with_both_batches_draws():
+    store = MemoryStore(SHAPES)
+    both = PatchStream(store, PatchPlan(box_vox=(8, 8, 8), batch_size=6, workers=0), source=Source(), steps=1)[0]
+    ranks = [PatchStream(store, PLAN, source=Source(rank=rank), steps=1)[0] for rank in (0, 1)]
+    assert torch.equal(both.boxes_BCXYZ, torch.cat([r.boxes_BCXYZ for r in ranks]))
+
+
+def test_corners_say_where_the_box_came_from_and_only_the_split_is_read():
+    store = MemoryStore(SHAPES)
+    for boxes, scans, corners in batches():
+        assert boxes.dtype == torch.int16 and boxes.shape == (3, 1, 8, 8, 8)
+        for box, scan, corner in zip(boxes, scans, corners, strict=True):
+            assert scan != "S0"
+            assert np.array_equal(box.numpy(), store.read_box(scan, corner, (8, 8, 8)))
+            assert min(corner) >= 0
+
+
+def test_a_narrow_scan_stands_in_the_middle():
+    plan = PatchPlan(box_vox=(8, 8, 8), batch_size=1, workers=0)
+    stream = PatchStream(MemoryStore([(9, 9, 9), (4, 9, 9)]), plan, source=Source(), steps=3)
+    assert {stream[step].corners_B3[0, 0].item() for step in range(3)} == {-2}
+
+
+def test_boxes_hold_body_and_an_empty_scan_does_not_hang():
+    def mean_share(min_body, body):
+        plan = PatchPlan(box_vox=(8, 8, 8), batch_size=8, workers=0, min_body=min_body, attempts=20)
+        stream = PatchStream(MemoryStore([(9, 9, 9), (16, 16, 64)], body=body), plan, source=Source(), steps=4)
+        return float(np.mean([(stream[s].boxes_BCXYZ > -800).float().mean() for s in range(4)]))
+
+    assert mean_share(0.5, 16) > 2 * mean_share(0.0, 16)
+    assert mean_share(0.5, 0) == 0.0
+
+
+def test_to_unit_maps_the_window_and_clips():
+    x = to_unit(torch.tensor([-2000, -1000, 0, 1000, 3000], dtype=torch.int16), (-1000.0, 1000.0), torch.device("cpu"))
+    assert x.tolist() == [0.0, 0.0, 0.5, 1.0, 1.0] and x.dtype == torch.float32
+
+
+def test_bad_plans_and_empty_splits():
+    with pytest.raises(BadInput, match=r"box_vox.*batch_size.*min_body"):
+        PatchPlan(box_vox=(0, 8, 8), batch_size=0, min_body=2.0)
+    with pytest.raises(BadInput, match=r"split 'test' must hold.*train, val"):
+        PatchStream(MemoryStore(SHAPES), PLAN, source=Source(split="test"), steps=1)

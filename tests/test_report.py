@@ -1,0 +1,160 @@
+"""The report: one page with all a run left, nothing from outside, nothing of the machine, and a word on what is missing."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from volssl import report
+from volssl.evaluate import Score, write_scores
+from volssl.files import BadInput
+from volssl.pictures import Overlay, overlay_png, restoration_png
+
+ENVIRONMENT = {"volssl": "0.0", "device": "CPU", "precision": "32-true", "seed": 3, "packages": {"torch": "2.13.0"}}
+
+
+def write_run(folder: Path, recipe: str, steps: int) -> None:
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    with open(folder / "metrics.jsonl", "w") as lines:
+        for step in range(10, steps + 1, 10):
+            row = {"step": step, "progress": step / steps, "seconds": step * 0.5, "samples_per_second": 3 + step % 3}
+            row |= {"data_wait_share": 0.1, "lr": 1e-3, "loss/restore": 1 / step, "loss/embed": -step / steps}
+            lines.write(json.dumps(row) + "\n")
+            if step % 50 == 0:
+                lines.write(json.dumps({"step": step, "progress": step / steps, "val/restore": 1.3 / step}) + "\n")
+
+
+@pytest.fixture
+def pretraining(tmp_path: Path) -> Path:
+    folder = tmp_path / "pretrain <b>narrow"
+    write_run(folder, "verb: pretrain\nnet: {name: unet, width: 4}\nmethod: {name: pcrlv2}\ntraining: {steps: 200}\n", 200)
+    (folder / "bundle").mkdir()
+    card = {"spacing_mm": [4, 4, 4], "data": {"train_scans": 9, "train_patients": 7}}
+    (folder / "bundle" / "card.json").write_text(json.dumps(card))
+    patches = np.random.default_rng(0).random((2, 16, 16, 12))
+    for step in (100, 150, 200):
+        columns = {"input": patches, "target": patches, "restored": patches}
+        path = folder / "pictures" / f"restoration_{step:07d}.png"
+        restoration_png(path, columns, window=(0, 1), spacing_mm=(4, 4, 4))
+    return folder
+
+
+def write_finetuning(folder: Path, values: dict[str, list[float]], weights: str | None) -> Path:
+    write_run(folder, "verb: finetune\nnet: {name: unet, width: 4}\noptimisation: {steps: 100}\n", 100)
+    (folder / "validation").mkdir()
+    labels = ("liver", "lesion")
+    scores = [Score(case, label, "dice", v) for case, of in values.items() for label, v in zip(labels, of, strict=True)]
+    write_scores(folder / "validation", [*scores[:-1], Score(**{**vars(scores[-1]), "note": "missed: by rule"})])
+    splits = {"fold": 0, "train": ["a", "b"], "validation": list(values), "weights_sha256": weights}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    image = np.random.default_rng(0).normal(size=(12, 10, 8))
+    mask = (image > 1).astype(np.uint8)
+    for case in list(values)[:2]:
+        case_picture = Overlay(image, mask, mask, (2.0, 2.0, 3.0), {"liver": 1, "lesion": 2})
+        overlay_png(folder / "pictures" / f"overlay_{case}.png", case_picture, title=case)
+    return folder
+
+
+SCRATCH = {"c1": [0.9, 0.5], "c2": [0.8, 0.4], "c3": [0.7, 0.0]}
+PRETRAINED = {"c1": [0.92, 0.6], "c2": [0.84, 0.4], "c3": [0.76, 0.2]}
+
+
+def page_of(tmp_path: Path, *runs: Path) -> str:
+    outcome = report.run(runs, out=tmp_path / "report.html")
+    assert outcome.failed == 0
+    return outcome.out.read_text(encoding="utf-8")
+
+
+def test_a_page_is_self_contained_and_escaped(tmp_path, pretraining):
+    page = page_of(tmp_path, pretraining)
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert addresses
+    assert all(address.startswith(("data:image/", "#")) for address in addresses)
+    assert "http://" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    assert "&lt;b&gt;narrow" in page
+    assert "<b>narrow" not in page
+
+
+def test_a_pretraining_shows_facts_curves_and_the_last_and_first_picture(tmp_path, pretraining):
+    page = page_of(tmp_path, pretraining)
+    for words in ("9 scans, 7 patients", "pcrlv2", "unet (width 4)", "4 × 4 × 4 mm", "1 min 40 s", "torch"):
+        assert words in page, words
+    assert page.index("Step 200") < page.index("Step 100")
+    assert "Step 150" not in page
+    assert "data:image/svg+xml" in page
+
+
+def test_finetunings_show_best_median_worst_and_the_paired_difference(tmp_path):
+    scratch = write_finetuning(tmp_path / "scratch", SCRATCH, None)
+    pretrained = write_finetuning(tmp_path / "pretrained", PRETRAINED, "0f" * 32)
+    page = page_of(tmp_path, pretrained, scratch)
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", page, flags=re.S)))
+    assert "pretrained minus scratch" in text
+    # worked by hand: liver +0.02 +0.04 +0.06, lesion +0.1 0 +0.2
+    assert re.search(r"liver dice 0\.040 0\.020 to 0\.060 3", text)
+    assert re.search(r"lesion dice 0\.100 0\.000 to 0\.200 3", text)
+    assert re.search(r"Best case by mean Dice over labels: c1, 0\.760", text)
+    assert re.search(r"Median case by mean Dice over labels: c2, 0\.620", text)
+    assert re.search(r"Worst case by mean Dice over labels: c3, 0\.480", text)
+    assert "No picture was written of it." in text  # c3 has none
+    assert "missed: by rule" in text
+    assert "random (from scratch)" in text
+
+
+def test_runs_without_a_common_case_are_not_compared(tmp_path):
+    scratch = write_finetuning(tmp_path / "scratch", SCRATCH, None)
+    other = write_finetuning(tmp_path / "other", {"d1": [0.5, 0.5]}, "0f")
+    assert "no validation case in common" in page_of(tmp_path, scratch, other)
+
+
+def test_what_a_run_did_not_leave_is_said(tmp_path):
+    for verb in ("pretrain", "finetune"):
+        (tmp_path / verb).mkdir()
+        (tmp_path / verb / "recipe.yaml").write_text(f"verb: {verb}\n")
+    page = page_of(tmp_path, tmp_path / "pretrain", tmp_path / "finetune")
+    for words in ("No pictures were written", "No validation was written", "there are no curves", "No environment"):
+        assert words in page, words
+
+
+def test_no_path_of_the_machine_gets_in(tmp_path, pretraining):
+    (pretraining / "recipe.yaml").write_text("verb: pretrain\nstore: /home/anna/scans/store_1\nother: 'C:\\scans\\anna'\nshare: 1/2\n")
+    (pretraining / "failures.csv").write_text("scan_id,reason\ns1,cannot read /mnt/pacs/doe/IM1\n")
+    page = page_of(tmp_path, pretraining)
+    assert "anna" not in page
+    assert "pacs" not in page
+    assert str(tmp_path) not in page
+    assert "share: 1/2" in page
+    assert "cannot read [path]" in page
+
+
+def test_wrong_input_is_answered_all_at_once(tmp_path, pretraining):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "recipe.yaml").write_text("verb: prepare\n")
+    with pytest.raises(BadInput) as caught:
+        report.run([tmp_path / "absent", tmp_path / "store", tmp_path / "prepared"], out=tmp_path / "r.html")
+    for words in ("no such folder", "no recipe.yaml", "of prepare"):
+        assert words in str(caught.value)
+    with pytest.raises(BadInput, match="at least one"):
+        report.run([], out=tmp_path / "r.html")
+    (tmp_path / "r.html").write_text("mine")
+    with pytest.raises(BadInput, match="new file"):
+        report.run([pretraining], out=tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text() == "mine"
+    report.run([pretraining], out=tmp_path / "r.html", overwrite=True)
+    with pytest.raises(BadInput, match="a folder"):
+        report.run([pretraining], out=tmp_path / "store", overwrite=True)
+
+
+def test_two_runs_of_one_name_are_told_apart(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "run").mkdir(parents=True)
+        (tmp_path / parent / "run" / "recipe.yaml").write_text("verb: pretrain\n")
+    page = page_of(tmp_path, tmp_path / "a" / "run", tmp_path / "b" / "run")
+    assert "run (2)" in page
+    assert len(set(re.findall(r'section id="([^"]+)"', page))) == 2

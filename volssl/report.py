@@ -1,0 +1,370 @@
+"""Verb report: run folders -> one self-contained HTML page that opens offline. It names no path and no scan.
+
+Reads what pretrain and finetune leave (docs/report.md lists the files). A part that a run did not leave is said to be missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import volssl
+from volssl import recipe as recipes
+from volssl.evaluate import MEAN, Score, summarise
+from volssl.files import BadInput, Outcome, read_csv, read_json, write_text
+from volssl.journal import read_metrics
+
+VERBS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
+# A path of the user's machine that found its way into a recipe or a message: two or more folders, a drive, or a home.
+PATH = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?(?:[/\\]+[^\s/\\\"'<>:,;]+){2,}[/\\]?")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One score of one case, from cases.csv."""
+
+    case: str
+    label: str
+    metric: str
+    value: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds, read once. Absent parts are empty."""
+
+    name: str
+    verb: str
+    folder: Path
+    recipe_text: str
+    recipe: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    environment: dict[str, Any]
+    card: dict[str, Any]  # bundle/card.json of a pretraining, model.json of a fine-tuning
+    splits: dict[str, Any]  # of a fine-tuning
+    summary: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+def run(runs: Sequence[Path], *, out: Path, overwrite: bool = False) -> Outcome:
+    """Write one HTML page about any mix of pretraining and fine-tuning runs.
+
+    Args: runs: run folders, in the order of the page. out: the HTML file.
+    Raises: BadInput: no run given; a folder that is not a run; `out` exists and `overwrite` is not set.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    out = Path(out)
+    if out.is_dir() or (out.exists() and not overwrite):
+        kind = "a folder" if out.is_dir() else "a file"
+        raise BadInput(f"--out {out} must be a new file; found {kind}; choose another name, or --overwrite for a file")
+    read = _read_all([Path(run) for run in runs])
+    environment = Environment(loader=PackageLoader("volssl"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "clean": _without_paths}
+    page = environment.get_template("report.html").render(
+        version=volssl.__version__,
+        sections=[_section(run) for run in read],
+        comparison=_comparison([run for run in read if run.verb == "finetune" and run.findings]),
+    )
+    write_text(out, page)
+    return Outcome(out, message=f"{len(read)} runs")
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _read_all(folders: Sequence[Path]) -> list[Run]:
+    if not folders:
+        raise BadInput("report: must be given at least one run folder; found none")
+    wrong = [f"{folder}: {fault}" for folder in folders if (fault := _fault(folder))]
+    if wrong:
+        raise BadInput("report: every input must be a folder that volssl pretrain or finetune left; found:\n" + "\n".join(wrong))
+    names: list[str] = []
+    for folder in folders:
+        name = folder.resolve().name
+        names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
+    return [_read(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def _fault(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder"
+    if not (folder / "recipe.yaml").is_file():
+        return "no recipe.yaml in it"
+    verb = _verb_of(folder)
+    return "" if verb in VERBS else f"its recipe.yaml is not of pretrain or finetune but of {verb or 'no verb'}"
+
+
+def _verb_of(folder: Path) -> str:
+    found = re.search(r"^verb:\s*(\w+)", (folder / "recipe.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _read(folder: Path, name: str) -> Run:
+    verb, validation = _verb_of(folder), folder / "validation"
+    return Run(
+        name=name,
+        verb=verb,
+        folder=folder,
+        recipe_text=(folder / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe=recipes.load(folder / "recipe.yaml", verb=verb),
+        metrics=read_metrics(folder),
+        environment=_optional_json(folder / "environment.json"),
+        card=_optional_json(folder / ("bundle/card.json" if verb == "pretrain" else "model.json")),
+        splits=_optional_json(folder / "splits.json"),
+        summary=_optional_json(validation / "summary.json"),
+        findings=[_finding(row) for row in _optional_csv(validation / "cases.csv")],
+        failures=_optional_csv(folder / "failures.csv") + _optional_csv(validation / "failures.csv"),
+    )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _optional_csv(path: Path) -> list[dict[str, str]]:
+    return read_csv(path) if path.exists() else []
+
+
+def _finding(row: Mapping[str, str]) -> Finding:
+    value = float(row["value"]) if row["value"] else None
+    return Finding(row["case"], row.get("label") or row["region"], row["metric"], value, row.get("note", ""))
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+
+def _section(run: Run) -> dict[str, Any]:
+    pictures = sorted((run.folder / "pictures").glob("restoration_*.png"))
+    return {
+        "anchor": re.sub(r"\W+", "-", run.name).strip("-").lower() or "run",
+        "name": run.name,
+        "verb": VERBS[run.verb],
+        "is_finetune": run.verb == "finetune",
+        "facts": _facts(run),
+        "curves": _curves(run.metrics),
+        "restorations": [(_step_of(path), _png(path)) for path in dict.fromkeys([*pictures[-1:], *pictures[:1]])],
+        "overlays": _overlays(run),
+        "labels": _label_rows(run.summary),
+        "case_labels": list(dict.fromkeys(finding.label for finding in run.findings)),
+        "cases": _case_rows(run.findings),
+        "notes": [finding for finding in run.findings if finding.note],
+        "failures": run.failures,
+        "recipe": run.recipe_text,
+        "environment": _flat(run.environment),
+    }
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """What ran, as pairs of a name and a value; nothing is shown that the run did not write down."""
+    pretraining = run.verb == "pretrain"
+    training = run.recipe.get("training" if pretraining else "optimisation", {})
+    patches = run.recipe.get("patches" if pretraining else "sampling", {})
+    last = run.metrics[-1] if run.metrics else {}
+    seconds = [row["seconds"] for row in run.metrics if "seconds" in row]
+    data, splits = run.card.get("data", {}), run.splits
+    spacing = run.card.get("spacing_mm") or run.card.get("preparation", {}).get("spacing_mm")
+    facts: list[tuple[str, Any]] = [
+        ("Method", _named(run.recipe.get("method"), brief=True)),
+        ("Network", _named(run.card.get("architecture")) or _named(run.recipe.get("net"))),
+        ("Initial weights", _weights(run) if splits else None),
+        ("Steps", _steps(last.get("step"), training.get("steps"))),
+        ("Patches per step", patches.get("batch_size")),
+        ("Patch", _times(patches.get("box_vox") or patches.get("patch_vox"), "voxels")),
+        ("Voxels", _times(spacing, "mm")),
+        ("Training data", ", ".join(f"{n} {name.removeprefix('train_')}" for name, n in data.items()) or None),
+        ("Training cases", len(splits["train"]) if splits else None),
+        ("Validation cases", f"{len(splits['validation'])} (fold {splits['fold']})" if splits else None),
+        ("Training time", _clock(seconds[-1]) if seconds else None),
+        ("Device", run.environment.get("device")),
+        ("Precision", run.environment.get("precision")),
+        ("Seed", run.environment.get("seed")),
+        ("volssl", run.environment.get("volssl")),
+    ]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _steps(done: int | None, asked: int | None) -> str | None:
+    if done is None:
+        return "none logged"
+    return f"{done:,}" if asked is None or done == asked else f"{done:,} of {asked:,}: not finished"
+
+
+def _weights(run: Run) -> str:
+    return "pretrained" if run.splits.get("weights_sha256") else "random (from scratch)"
+
+
+def _named(part: Any, *, brief: bool = False) -> str | None:
+    if not isinstance(part, dict) or "name" not in part:
+        return None
+    arguments = part.get("arguments", {key: value for key, value in part.items() if key != "name"})
+    told = ", ".join(f"{key} {value}" for key, value in arguments.items())
+    return f"{part['name']} ({told})" if told and not brief else str(part["name"])
+
+
+def _times(values: Any, unit: str) -> str | None:
+    return " × ".join(f"{value:g}" for value in values) + f" {unit}" if values else None
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _overlays(run: Run) -> list[tuple[str, str, float, str]]:
+    """Best, median and worst case by the mean over labels: role, case, mean, picture ("" where none was written)."""
+    means = _case_means(run.findings)
+    ranked = sorted(means, key=lambda case: (-means[case], case))
+    roles: dict[str, str] = {}
+    for role, index in (("best", 0), ("median", len(ranked) // 2), ("worst", len(ranked) - 1)):
+        if ranked:
+            case = ranked[index]
+            roles[case] = f"{roles[case]} and {role}" if case in roles else role
+    found = []
+    for case, role in roles.items():
+        path = run.folder / "pictures" / f"overlay_{case}.png"
+        found.append((role, case, means[case], _png(path) if path.exists() else ""))
+    return found
+
+
+def _case_means(findings: Sequence[Finding]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for finding in findings:
+        if finding.metric == "dice" and finding.value is not None:
+            values.setdefault(finding.case, []).append(finding.value)
+    return {case: sum(of_case) / len(of_case) for case, of_case in values.items()}
+
+
+def _label_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    regions = summary.get("metrics", {})
+    names = [name for name in regions if name != MEAN] + [name for name in regions if name == MEAN]
+    return [("mean over labels" if name == MEAN else name, metric, numbers) for name in names for metric, numbers in regions[name].items()]
+
+
+def _case_rows(findings: Sequence[Finding]) -> list[tuple[str, dict[str, float | None], float]]:
+    means = _case_means(findings)
+    rows: dict[str, dict[str, float | None]] = {}
+    for finding in findings:
+        if finding.metric == "dice":
+            rows.setdefault(finding.case, {})[finding.label] = finding.value
+    ordered = sorted(means, key=lambda case: (-means[case], case))
+    return [(case, rows[case], means[case]) for case in ordered]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", str(value))]
+    return rows
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _without_paths(text: object) -> str:
+    return PATH.sub("[path]", str(text))
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+
+def _comparison(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """All fine-tuning runs side by side, and each against the reference run: paired differences over the cases of both."""
+    if len(runs) < 2:
+        return None
+    reference = next((run for run in runs if not run.splits.get("weights_sha256")), runs[0])
+    rows = [{"name": run.name, "weights": _weights(run), "labels": _label_rows(run.summary)} for run in runs]
+    pairs = [(run.name, _differences(run, reference)) for run in runs if run is not reference]
+    return {"reference": reference.name, "rows": rows, "pairs": pairs}
+
+
+def _differences(run: Run, reference: Run) -> list[tuple[str, str, dict[str, Any]]]:
+    # The bootstrap over cases has its home in evaluate.summarise; here it is given differences in place of scores.
+    known = {(finding.case, finding.label, finding.metric): finding.value for finding in reference.findings}
+    scores = []
+    for finding in run.findings:
+        other = known.get((finding.case, finding.label, finding.metric))
+        if finding.value is not None and other is not None:
+            scores.append(Score(finding.case, finding.label, finding.metric, finding.value - other))
+    return _label_rows(summarise(scores)) if scores else []
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _png(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+CURVE_NAMES = {
+    "lr": "learning rate",
+    "samples_per_second": "samples per second",
+    "data_wait_share": "share of time waiting for data",
+}
+INK, LINE, PALE, VALIDATION = "#3c4550", "#1f5fa8", "#a9c4e4", "#c8501e"
+POINTS = 600  # a longer series is drawn as means over as many equal stretches
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Small multiples of all series of metrics.jsonl as an SVG; "" without at least two rows."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = dict.fromkeys(key for row in metrics for key in row)
+    groups = [n for prefix in ("loss/", "val/", "health/", "grad_norm/") for n in names if n.startswith(prefix)]
+    keys = [key for key in groups if not (key.startswith("val/") and f"loss/{key[4:]}" in names)]
+    keys += [key for key in CURVE_NAMES if key in names]
+    if len(metrics) < 2 or not keys:
+        return ""
+    rows = -(-len(keys) // 3)
+    with rc_context({"svg.hashsalt": "volssl", "font.size": 8.5, "svg.fonttype": "path"}):
+        figure = Figure(figsize=(10.4, 2.05 * rows), layout="constrained")
+        for place, key in enumerate(keys):
+            panel = figure.add_subplot(rows, 3, place + 1)
+            _curve(panel, metrics, key)
+        image = io.BytesIO()
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(image.getvalue()).decode()
+
+
+def _curve(panel: Any, metrics: Sequence[Mapping[str, Any]], key: str) -> None:
+    steps, values = _series(metrics, key)
+    panel.plot(steps, values, color=LINE, linewidth=1.3)
+    panel.set_title(CURVE_NAMES.get(key, key), loc="left", color=INK, fontsize=9)
+    held_out = f"val/{key[5:]}"
+    steps, values = _series(metrics, held_out) if key.startswith("loss/") else ([], [])
+    if values:
+        marker = "o" if len(values) < 30 else None
+        panel.plot(steps, values, color=VALIDATION, linewidth=1.1, marker=marker, markersize=3, label="validation")
+        panel.legend(frameon=False, fontsize=7.5, loc="best")
+    if key in ("data_wait_share", "samples_per_second"):
+        panel.set_ylim(bottom=0)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    panel.grid(axis="y", color="#e3e7ec", linewidth=0.7)
+    panel.tick_params(colors=INK, length=2)
+    panel.locator_params(axis="x", nbins=5, integer=True)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
+    stretch = -(-len(points) // POINTS)
+    steps, values = [], []
+    for start in range(0, len(points), max(1, stretch)):
+        part = points[start : start + stretch]
+        steps.append(sum(step for step, _ in part) / len(part))
+        values.append(sum(value for _, value in part) / len(part))
+    return steps, values

@@ -1,0 +1,255 @@
+"""Labelled cases for fine-tuning: folds by patient, checked and prepared cases in memory, and patches drawn from (seed, step, sample)."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from volssl.archive import read_image, read_label
+from volssl.augment.intensity import Blur, Contrast, Gamma, Noise
+from volssl.augment.spatial import Affine, Box, take
+from volssl.datasets import Case, CaseTable
+from volssl.draws import Draws, generator
+from volssl.evaluate import describe, unknown_values
+from volssl.files import BadInput, track
+from volssl.segment import Preparation
+from volssl.volume import Volume
+
+KEPT_VOXELS = 4096  # foreground voxels per case and label that patches may be centred on
+
+
+@dataclass(frozen=True)
+class Folds:
+    """How cases are divided: `count` folds by patient. `seed` draws them and the labelled share; the run's own seed changes neither."""
+
+    count: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which patches are read.
+
+    Attributes:
+        patch_vox: sides, each a multiple of the network's stride. batch_size: samples per step. foreground: share of the samples whose
+            patch holds a voxel of a label, all labels equally often. margin: share of a side that is read around the patch, so that a
+            turned patch holds image and not padding in its corners. memory_gb: prepared cases beyond this lie in a temporary file.
+    """
+
+    patch_vox: tuple[int, int, int] = (96, 96, 96)
+    batch_size: int = 2
+    foreground: float = 0.5
+    margin: float = 0.1
+    memory_gb: float = 8.0
+
+    def __post_init__(self) -> None:
+        if min(self.patch_vox) < 1 or self.batch_size < 1 or not 0 <= self.foreground <= 1 or self.margin < 0:
+            raise BadInput(
+                "patch_vox and batch_size >= 1, foreground in [0, 1] and margin >= 0 must hold; "
+                f"found {self.patch_vox}, {self.batch_size}, {self.foreground}, {self.margin}"
+            )
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a batch, on its device; null leaves one out.
+
+    The label map moves with the image: its one-hot channels are interpolated linearly and the largest is taken, which keeps the contours
+    of several labels smooth where nearest voxels would fray them.
+    """
+
+    affine: Affine | None = field(default_factory=lambda: Affine(flip_share=(0.5, 0.0, 0.0), scale=0.15, degrees=15.0))
+    blur: Blur | None = field(default_factory=lambda: Blur(sigma_max=1.0, share=0.2))
+    contrast: Contrast | None = field(default_factory=lambda: Contrast(contrast=0.25, brightness=0.1, share=0.5))
+    gamma: Gamma | None = field(default_factory=lambda: Gamma(log_max=0.3, share=0.5, rescale=True))
+    noise: Noise | None = field(default_factory=lambda: Noise(sd_max=0.1, share=0.3))
+
+    def apply(self, batch: Batch, draws: Draws, *, patch_vox: tuple[int, int, int], classes: int) -> tuple[Tensor, Tensor]:
+        """Boxes with their margin -> patches x (B, C, X, Y, Z) and class indices (B, 1, X, Y, Z)."""
+        x, y = batch.x_BCXYZ, batch.y_B1XYZ
+        sides = torch.tensor(x.shape[2:], device=x.device).expand(len(x), 3)
+        size = torch.tensor(patch_vox, device=x.device).expand(len(x), 3)
+        box = Box((sides - size) // 2, size)
+        if self.affine is None:
+            margin = [(n - p) // 2 for n, p in zip(x.shape[2:], patch_vox, strict=True)]
+            inside = (..., *(slice(m, m + p) for m, p in zip(margin, patch_vox, strict=True)))
+            x, y = x[inside], y[inside]
+        else:
+            matrix = self.affine.sample(draws.fork("affine"))
+            place = {"matrix_B33": matrix, "spacing_mm": batch.spacing_mm}
+            x = take(x, box, patch_vox, **place)
+            one_hot = F.one_hot(y[:, 0].long(), classes).movedim(-1, 1)[:, 1:].to(x.dtype)
+            moved = take(one_hot, box, patch_vox, **place)
+            y = torch.cat([1 - moved.sum(1, keepdim=True), moved], 1).argmax(1, keepdim=True)
+        contrast = self.contrast and replace(self.contrast, channels=x.shape[1])
+        for name, change in (("blur", self.blur), ("contrast", contrast), ("gamma", self.gamma), ("noise", self.noise)):
+            if change is not None:
+                x = change.apply(x, change.sample(draws.fork(name)))
+        return x, y.long()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Boxes with their margin on the device. y: class index per voxel, uint8. case_ids: whose they are. spacing_mm: mean of the batch."""
+
+    x_BCXYZ: Tensor
+    y_B1XYZ: Tensor
+    case_ids: list[str]
+    spacing_mm: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case as the network sees it. foreground: per label present, voxel indices (N, 3). y: class indices."""
+
+    case_id: str
+    x_CXYZ: np.ndarray
+    y_XYZ: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    foreground: tuple[np.ndarray, ...]
+
+
+def split(table: CaseTable, folds: Folds) -> list[list[Case]]:
+    """The folds: all cases of a patient lie in one. Depends on patients and seed alone. Raises: BadInput: too few patients."""
+    patients = sorted({case.patient_id for case in table.cases})
+    if not 2 <= folds.count <= len(patients):
+        raise BadInput(f"folds.count must lie between 2 and the number of patients; found {folds.count} folds, {len(patients)} patient(s)")
+    order = generator(folds.seed, "folds").permutation(len(patients))
+    fold_of = {patients[index]: place % folds.count for place, index in enumerate(order)}
+    return [[case for case in table.cases if fold_of[case.patient_id] == fold] for fold in range(folds.count)]
+
+
+def labelled_share(cases: Sequence[Case], labels: float, seed: int) -> list[Case]:
+    """The first patients of a fixed random order: a share (float) or a count (int) of them, so that a smaller draw lies inside a larger.
+
+    Raises: BadInput: a share outside (0, 1], a count outside 1 ... patients.
+    """
+    patients = sorted({case.patient_id for case in cases})
+    if isinstance(labels, int):
+        count = labels
+    else:
+        count = max(1, round(labels * len(patients))) if 0 < labels <= 1 else 0
+    if not 1 <= count <= len(patients):
+        raise BadInput(f"--labels must be a share in (0, 1] or a count from 1 to {len(patients)} patients; found {labels}")
+    chosen = {patients[index] for index in generator(seed, "labels").permutation(len(patients))[:count]}
+    return [case for case in cases if case.patient_id in chosen]
+
+
+def read_case(case: Case, table: CaseTable) -> tuple[Volume, Volume]:
+    """Image (all channels) and label map of a case. Raises: BadInput: with everything about the case that does not hold."""
+    if case.label is None:
+        raise BadInput(f"{case.case_id}: must have a label map; found none")
+    label = read_label(case.label)
+    images = [read_image(path) for path in case.images]
+    grid = images[0].grid
+    tolerance_mm = 0.1 * min(grid.spacing_mm)
+    faults = []
+    for name, volume in (*zip(table.channels[1:], images[1:], strict=False), ("label", label)):
+        if not volume.grid.almost_equal(grid, tolerance_mm=tolerance_mm):
+            faults.append(f"{name} must lie on the image's grid, {describe(images[0])}; found {describe(volume)}")
+    if len(label.array_CXYZ) != 1:
+        faults.append(f"label must have one channel; found {len(label.array_CXYZ)}")
+    channels = sum(len(image.array_CXYZ) for image in images)
+    if channels != len(table.channels):
+        faults.append(f"image must have {len(table.channels)} channel(s) ({', '.join(table.channels)}); found {channels}")
+    if unknown := unknown_values(label.array_CXYZ, table.labels):
+        faults.append(f"label values must be 0 or one of {table.labels}; found {unknown}; add them to the recipe's `labels`")
+    if faults:
+        raise BadInput(f"{case.case_id}: " + "; ".join(faults))
+    return Volume(np.concatenate([image.array_CXYZ for image in images]), grid), Volume(label.array_CXYZ, grid)
+
+
+class LabelledPatches:
+    """The prepared training cases and the batches drawn from them.
+
+    Args: table, train: cases to prepare. held_out: cases that are only checked. preparation, sampling. seed: of the draws.
+    Raises: BadInput: with the complaints about all cases at once.
+    """
+
+    def __init__(
+        self, table: CaseTable, *, train: Sequence[Case], held_out: Sequence[Case], preparation: Preparation, sampling: Sampling, seed: int
+    ) -> None:
+        self.sampling, self.seed = sampling, seed
+        self._folder = tempfile.TemporaryDirectory(prefix="volssl-cases-")
+        self._used_bytes = 0
+        self.cases: list[Prepared] = []
+        complaints = []
+        checked = {case.case_id for case in held_out}
+        everything = [*train, *held_out]
+        for case in track(everything, total=len(everything), label="read cases"):
+            try:
+                image, label = read_case(case, table)
+            except BadInput as error:
+                complaints.append(str(error))
+                continue
+            if case.case_id not in checked:
+                self.cases.append(self._prepare(case, table, image, label, preparation=preparation))
+        if complaints:
+            raise BadInput(
+                f"{len(complaints)} of {len(everything)} cases cannot be used; mend or remove them:\n  " + "\n  ".join(complaints)
+            )
+
+    def _prepare(self, case: Case, table: CaseTable, image: Volume, label: Volume, *, preparation: Preparation) -> Prepared:
+        x, y = preparation.image(image), preparation.label(label)
+        classes = np.zeros(256, dtype=np.uint8)
+        classes[sorted(table.labels.values())] = np.arange(1, len(table.labels) + 1)
+        y_XYZ = classes[y.array_CXYZ[0]]
+        foreground = []
+        for index in range(1, len(table.labels) + 1):
+            voxels_N3 = np.argwhere(y_XYZ == index)
+            if len(voxels_N3) > KEPT_VOXELS:
+                voxels_N3 = voxels_N3[generator(0, "foreground", index).choice(len(voxels_N3), KEPT_VOXELS, replace=False)]
+            if len(voxels_N3):
+                foreground.append(voxels_N3.astype(np.int32))
+        return Prepared(case.case_id, self._kept(x.array_CXYZ), self._kept(y_XYZ), x.grid.spacing_mm, tuple(foreground))
+
+    def _kept(self, array: np.ndarray) -> np.ndarray:
+        self._used_bytes += array.nbytes
+        if self._used_bytes <= self.sampling.memory_gb * 1e9:
+            return np.ascontiguousarray(array)
+        path = Path(self._folder.name) / f"{self._used_bytes}.npy"
+        np.save(path, array)
+        return np.load(path, mmap_mode="r")
+
+    def batch(self, step: int, device: torch.device | str = "cpu") -> Batch:
+        """The boxes of a step, each sample a function of (seed, step, sample) alone: every case once before any comes again."""
+        size = self.sampling.batch_size
+        drawn = [self._box(step * size + b) for b in range(size)]
+        x = torch.from_numpy(np.stack([x for _, x, _ in drawn])).to(device, non_blocking=True)
+        y = torch.from_numpy(np.stack([y for _, _, y in drawn])[:, None]).to(device, non_blocking=True)
+        spacing = np.mean([case.spacing_mm for case, _, _ in drawn], axis=0)
+        return Batch(x, y, [case.case_id for case, _, _ in drawn], (float(spacing[0]), float(spacing[1]), float(spacing[2])))
+
+    def _box(self, sample: int) -> tuple[Prepared, np.ndarray, np.ndarray]:
+        round_, place = divmod(sample, len(self.cases))
+        case = self.cases[int(generator(self.seed, "order", round_).permutation(len(self.cases))[place])]
+        source = generator(self.seed, "box", sample)
+        patch, shape = np.array(self.sampling.patch_vox), np.array(case.y_XYZ.shape)
+        # Where the patch is larger than the volume, the volume lies anywhere inside it.
+        low, high = np.minimum(0, shape - patch), np.maximum(0, shape - patch)
+        wants_label = source.random() < self.sampling.foreground
+        if wants_label and case.foreground:
+            of_label = case.foreground[int(source.integers(len(case.foreground)))]
+            voxel = of_label[int(source.integers(len(of_label)))]
+            low, high = np.maximum(low, np.minimum(voxel - patch + 1, high)), np.minimum(high, np.maximum(voxel, low))
+        start = source.integers(low, high + 1)
+        margin = np.array([math.ceil(self.sampling.margin * side) for side in patch])
+        return case, *(cut(array, start - margin, patch + 2 * margin) for array in (case.x_CXYZ, case.y_XYZ))
+
+
+def cut(array: np.ndarray, start_3: np.ndarray, size_3: np.ndarray) -> np.ndarray:
+    """A box of the last three axes; what lies outside of the array is 0."""
+    shape = np.array(array.shape[-3:])
+    low, high = np.clip(start_3, 0, shape), np.clip(start_3 + size_3, 0, shape)
+    box = np.zeros((*array.shape[:-3], *size_3), dtype=array.dtype)
+    into = (..., *(slice(int(a), int(b)) for a, b in zip(low - start_3, high - start_3, strict=True)))
+    box[into] = array[(..., *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))]
+    return box

@@ -1,0 +1,239 @@
+"""Verb finetune: a bundle's encoder, or none, -> a segmentation network trained on one fold's labelled cases and validated on the rest.
+
+The step is in `fitting.train`; the rest is here. From scratch is the same run without weights. The number of steps is fixed and the
+last (averaged) weights are kept: the held-out fold is looked at once, at the end, and chooses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from volssl import recipe as recipes
+from volssl.archive import write_nifti
+from volssl.cases import Augmentation, Folds, LabelledPatches, Sampling, labelled_share, read_case, split
+from volssl.checkpoints import Checkpoints, StopSignal
+from volssl.datasets import Case, CaseTable, open_dataset
+from volssl.evaluate import MEAN, Score, score_case, write_scores
+from volssl.export import bundle
+from volssl.files import BadInput, Outcome, claim_out, read_json, track, write_json
+from volssl.fitting import Optimisation, Saving, kept, start, train
+from volssl.journal import Journal, write_environment
+from volssl.nets.heads import SegmentationNet
+from volssl.pictures import Overlay, overlay_png
+from volssl.recipe import Part
+from volssl.segment import Inference, Model, Plan, Preparation, write_model
+from volssl.volume import Volume
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a run, beside recipe, data and out.
+
+    Attributes: weights: bundle, or None for from scratch. fold: held out. labels: share (float) or count (int) of the training patients.
+        seed: of first weights and draws. resume, overwrite: as everywhere. overrides: `key=value` over the recipe.
+    """
+
+    weights: Path | None = None
+    fold: int = 0
+    labels: float = 1.0
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """How the folder is read. layout: a name of `volssl.datasets`, or null to recognise it."""
+
+    layout: str | None = None
+
+
+PARTS = {
+    "data": Data,
+    "labels": dict[str, int] | None,
+    "net": "nets",
+    "preparation": Preparation,
+    "folds": Folds,
+    "sampling": Sampling,
+    "augmentation": Augmentation,
+    "optimisation": Optimisation,
+    "inference": Inference,
+    "saving": Saving,
+}
+
+
+DEFAULTS = Options()
+
+
+def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULTS) -> Outcome:
+    """Fine-tune on the labelled folder `data` and leave a run folder with the model and its validation.
+
+    Raises: BadInput: before `out` is touched for anything that cannot work; NotFinite: for a loss that is not finite.
+    """
+    values = recipes.load(recipe, options.overrides, verb="finetune")
+    made = recipes.parse(values, PARTS, str(recipe))
+    table = _labelled(open_dataset(Path(data), made["data"].layout), made["labels"])
+    folds = split(table, made["folds"])
+    if not 0 <= options.fold < len(folds):
+        raise BadInput(f"--fold must lie between 0 and {len(folds) - 1}; found {options.fold}")
+    held_out = folds[options.fold]
+    rest = [case for number, fold in enumerate(folds) if number != options.fold for case in fold]
+    chosen = labelled_share(rest, options.labels, made["folds"].seed)
+    plan = _plan(made, table)
+    net = _first_weights(plan, made, options)
+    patches = LabelledPatches(
+        table, train=chosen, held_out=held_out, preparation=plan.preparation, sampling=made["sampling"], seed=options.seed
+    )
+    out = claim_out(Path(out), resume=options.resume, overwrite=options.overwrite)
+    _same_run(out, values, _splits(folds, chosen, held_out, made, options), resume=options.resume)
+    current = start(plan, net, made, patches, seed=options.seed)
+    checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
+    if options.resume and (state := checkpoints.load()) is not None:
+        current.restore(state)
+    write_environment(out, device=current.fabric.device, precision=str(current.fabric._precision.precision), seed=options.seed)
+    with StopSignal() as stop, Journal(out, steps_done=current.steps_done) as journal:
+        train(current, checkpoints, journal, stop)
+    if current.steps_done < made["optimisation"].steps:
+        return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume")
+    model = Model(plan, kept(current))
+    write_model(out, model)
+    return _validate(out, model, table, held_out)
+
+
+def _labelled(table: CaseTable, labels: dict[str, int] | None) -> CaseTable:
+    """The table with the recipe's labels, where it names some."""
+    if labels is None:
+        return table
+    faults = [f"{name}: value must be 1 to 255 and its own; found {value}" for name, value in labels.items() if not 1 <= value <= 255]
+    if len(set(labels.values())) != len(labels) or not labels:
+        faults.append(f"every label must have its own value; found {labels}")
+    unknown = sorted(set(labels.values()) - set(table.labels.values()))
+    if unknown:
+        faults.append(f"values must be among the data set's, {table.labels}; found {unknown}")
+    if faults:
+        raise BadInput("labels: " + "; ".join(faults))
+    return dataclasses.replace(table, labels=dict(sorted(labels.items(), key=lambda item: item[1])))
+
+
+def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
+    part: Part = made["net"]
+    given = part.arguments.get("in_channels", len(table.channels))
+    if given != len(table.channels):
+        raise BadInput(f"net.in_channels must be the data set's {len(table.channels)} ({', '.join(table.channels)}); found {given}")
+    skips = {"skips": True} if "skips" not in part.arguments else {}
+    net = part.build(**({"in_channels": len(table.channels)} if "in_channels" not in part.arguments else {}), **skips)
+    patch_vox = made["sampling"].patch_vox
+    if any(side % net.stride for side in patch_vox):
+        raise BadInput(f"sampling.patch_vox must be multiples of the network's stride {net.stride}; found {patch_vox}")
+    return Plan(
+        architecture={"name": part.name, "arguments": net.arguments},
+        labels=table.labels,
+        channels=table.channels,
+        patch_vox=patch_vox,
+        deep_supervision=made["optimisation"].deep_supervision,
+        preparation=made["preparation"],
+        inference=made["inference"],
+    )
+
+
+def _first_weights(plan: Plan, made: dict[str, Any], options: Options) -> SegmentationNet:
+    # The first weights depend on the seed alone, whatever ran in this process before; the decoder's are the same with and without a bundle.
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        net = plan.network()
+    if options.weights is not None:
+        given = bundle.load_bundle(Path(options.weights))
+        _fits(plan.preparation, given.card, accept=made["optimisation"].accept_mismatch)
+        bundle.into(net.net.encoder, given)  # type: ignore[arg-type]
+    return net
+
+
+def _fits(preparation: Preparation, card: dict[str, Any], *, accept: bool) -> None:
+    """Refuse a recipe that shows the encoder other voxels than it was trained on."""
+    intensity = card["intensity"]
+    ct = intensity["modality"] == "CT"
+    wanted: dict[str, Any] = {"normalisation": "window" if ct else "percentile", "patches": intensity["normalisation"]}
+    if ct:
+        wanted["window"] = tuple(intensity["window"])
+    if preparation.spacing_mm is not None:
+        wanted["spacing_mm"] = tuple(card["spacing_mm"])
+    faults = [
+        f"preparation.{key} must be {value}; found {getattr(preparation, key)}"
+        for key, value in wanted.items()
+        if not _same(getattr(preparation, key), value)
+    ]
+    if faults and not accept:
+        raise BadInput(
+            "the recipe must prepare voxels as the bundle's card says (or set optimisation.accept_mismatch=true):\n  " + "\n  ".join(faults)
+        )
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    return bool(np.allclose(found, wanted, rtol=0.02)) if isinstance(wanted, tuple) else found == wanted
+
+
+def _splits(folds: list[list[Case]], train: list[Case], held_out: list[Case], made: dict[str, Any], options: Options) -> dict[str, Any]:
+    def names(cases: list[Case]) -> list[str]:
+        return [case.case_id for case in cases]
+
+    weights = bundle.load_bundle(Path(options.weights)).card["sha256"] if options.weights is not None else None
+    return {
+        "fold": options.fold,
+        "labels": options.labels,
+        "seed": options.seed,
+        "split_seed": made["folds"].seed,
+        "weights_sha256": weights,
+        "train": names(train),
+        "validation": names(held_out),
+        "folds": [names(fold) for fold in folds],
+    }
+
+
+def _same_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resume: bool) -> None:
+    if resume and (out / "recipe.yaml").exists() and (out / "splits.json").exists():
+        before = recipes.load(out / "recipe.yaml", verb="finetune")
+        changed = sorted(key for key in before.keys() | values.keys() if before.get(key) != values.get(key) and key != "saving")
+        told = read_json(out / "splits.json")
+        changed += sorted(key for key in splits if told.get(key) != splits[key])
+        if changed:
+            raise BadInput(
+                f"--resume: recipe, data and options must be those the run began with; found other values under {', '.join(changed)}; "
+                "start a new run"
+            )
+    recipes.save(values, out / "recipe.yaml", verb="finetune")
+    write_json(out / "splits.json", splits)
+
+
+def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case]) -> Outcome:
+    """Segment the held-out fold on its own grids; leave label maps, scores and pictures."""
+    scores: list[Score] = []
+    for number, case in enumerate(track(held_out, total=len(held_out), label="validate")):
+        image, reference = read_case(case, table)
+        predicted = model.label_map(image)
+        write_nifti(out / "validation" / f"{case.case_id}.nii.gz", predicted, image.grid, np.uint8)
+        of_case = score_case(case.case_id, Volume(predicted[None], image.grid), reference, table.labels)
+        scores += of_case
+        _draw(out / "pictures" / f"overlay_{number:04d}.png", image, predicted, reference, of_case, table.labels)
+    mean = write_scores(out / "validation", scores)["metrics"][MEAN]["dice"]["mean"]
+    return Outcome(out, message=f"mean Dice {mean:.4f} over {len(held_out)} held-out cases and {len(table.labels)} labels")
+
+
+def _draw(path: Path, image: Volume, predicted: np.ndarray, reference: Volume, scores: list[Score], labels: dict[str, int]) -> None:
+    turned = image.reoriented("RAS")
+    overlay = Overlay(
+        image_XYZ=turned.array_CXYZ[0],
+        reference_XYZ=reference.reoriented("RAS").array_CXYZ[0],
+        predicted_XYZ=Volume(predicted[None], image.grid).reoriented("RAS").array_CXYZ[0],
+        spacing_mm=turned.grid.spacing_mm,
+        labels=labels,
+        dice={score.label: score.value for score in scores},
+    )
+    overlay_png(path, overlay, title=scores[0].case)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from volssl.pictures import Overlay, overlay_png, plane_of, plane_spacing, restoration_png, telling_slice
+from volssl.pictures import Overlay, overlay_png, plane_of, plane_spacing, restoration_png, telling_slice, window_of
 
 
 def test_the_patients_right_is_on_the_viewers_left_and_front_and_head_are_up():
@@ -43,3 +43,16 @@ def test_overlay_and_restoration_are_png_files(tmp_path):
     restoration_png(tmp_path / "r.png", {"input": patches, "target": patches}, window=(0, 1), spacing_mm=(1, 1, 2))
     for name in ("some", "none", "r"):
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_window_lies_around_the_labelled_tissue():
+    rng = np.random.default_rng(0)
+    image_XYZ = np.full((20, 20, 20), -1000.0)
+    image_XYZ[:, 10:] = 1500
+    tissue_XYZ = np.zeros(image_XYZ.shape, bool)
+    tissue_XYZ[5:15, 5:15, 5:15] = True
+    image_XYZ[tissue_XYZ] = 60 + 30 * rng.normal(size=1000)
+    low, high = window_of(image_XYZ, tissue_XYZ)
+    assert -300 < low < -100
+    assert 200 < high < 400
+    assert window_of(image_XYZ, np.zeros_like(tissue_XYZ)) == (-1000, 1500)

@@ -7,6 +7,7 @@ of the diaphragm. A patient is the canonical torso with sizes, organs and Hounsf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -61,6 +62,7 @@ class Patient:
     grain_seed: int
 
 
+@lru_cache(maxsize=4)
 def draw_patient(seed: int, patient: int) -> Patient:
     """Draw the patient numbered `patient` of the population `seed`."""
     rng = generator(seed, "patient", patient)
@@ -178,7 +180,7 @@ def _draw_vessels(rng: np.random.Generator) -> np.ndarray:
             for at, direction, radius in tips:
                 direction = direction / np.linalg.norm(direction)
                 length = rng.uniform(0.75, 1.25) * (34, 30, 26, 22, 17, 13)[generation]
-                number = int(length * max(4.0, 9 * radius))
+                number = int(length * max(2.0, 3.5 * radius))
                 along = rng.uniform(0, length, number)
                 across = rng.normal(0, radius / 2, (number, 3))
                 path = at + along[:, None] * direction + across

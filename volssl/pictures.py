@@ -37,7 +37,7 @@ class Overlay:
     """One segmented case to draw: arrays of one shape XYZ in RAS+.
 
     `labels` maps names to values; `dice` holds the score per name that the legend states (None: undefined);
-    `window` holds the values drawn black and white, by default the 0.5 and 99.5 % quantiles of the image.
+    `window` holds the values drawn black and white, by default around those of the labelled tissue.
     """
 
     image_XYZ: np.ndarray
@@ -79,7 +79,7 @@ def overlay_png(path: Path, case: Overlay, *, title: str) -> None:
     shapes = {case.image_XYZ.shape, case.reference_XYZ.shape, case.predicted_XYZ.shape}
     assert len(shapes) == 1, f"image, reference and prediction must have one shape; found {shapes}"
     shown = case.reference_XYZ if (case.reference_XYZ > 0).any() else case.predicted_XYZ
-    low, high = case.window or window_of(case.image_XYZ)
+    low, high = case.window or window_of(case.image_XYZ, shown > 0)
     figure, panels = _three_planes(case)
     for plane, panel in zip(PLANES, panels, strict=True):
         position = telling_slice(shown, plane)
@@ -95,9 +95,7 @@ def overlay_png(path: Path, case: Overlay, *, title: str) -> None:
     _save(figure, path)
 
 
-def restoration_png(
-    path: Path, columns: Mapping[str, np.ndarray], *, window: tuple[float, float], spacing_mm: Sequence[float]
-) -> None:
+def restoration_png(path: Path, columns: Mapping[str, np.ndarray], *, window: tuple[float, float], spacing_mm: Sequence[float]) -> None:
     """Draw patches side by side: a row per sample, first the axial then the coronal middle slice of every column.
 
     Args: columns: title -> array_BXYZ, all of one shape, such as input, target, restored; window: values drawn black
@@ -125,10 +123,20 @@ def restoration_png(
     _save(figure, path)
 
 
-def window_of(image_XYZ: np.ndarray) -> tuple[float, float]:
-    """The values to draw black and white: the 0.5 and 99.5 % quantiles (of every eighth value of a large image)."""
+def window_of(image_XYZ: np.ndarray, tissue_XYZ: np.ndarray) -> tuple[float, float]:
+    """The values to draw black and white: the median of the tissue and seven deviations on either side.
+
+    Never beyond the image's 0.5 and 99.5 % quantiles, and these themselves where no tissue is marked. For a liver in CT
+    this comes to about the soft tissue window, whatever lies around it.
+    """
     values = image_XYZ.ravel()[:: 8 if image_XYZ.size > 1 << 20 else 1]
     low, high = (float(value) for value in np.quantile(values, (0.005, 0.995)))
+    if tissue_XYZ.any():
+        tissue = image_XYZ[tissue_XYZ]
+        centre = float(np.median(tissue))
+        deviation = 1.4826 * float(np.median(np.abs(tissue - centre)))  # of a normal distribution
+        reach = 7 * max(deviation, (high - low) / 60)  # a synthetic image may have tissue without any spread
+        low, high = max(low, centre - reach), min(high, centre + reach)
     return low, max(high, low + 1e-6)
 
 

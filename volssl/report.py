@@ -232,9 +232,11 @@ def _overlays(run: Run) -> list[tuple[str, str, float, str]]:
         if ranked:
             case = ranked[index]
             roles[case] = f"{roles[case]} and {role}" if case in roles else role
+    order = run.splits.get("validation", [])
     found = []
     for case, role in roles.items():
-        path = run.folder / "pictures" / f"overlay_{case}.png"
+        # Pictures are numbered in the order of the validation cases.
+        path = run.folder / "pictures" / f"overlay_{order.index(case) if case in order else -1:04d}.png"
         found.append((role, case, means[case], _png(path) if path.exists() else ""))
     return found
 

@@ -190,7 +190,7 @@ def _read_nifti(path: Path) -> Volume:
     image: Any = nibabel.load(path, mmap=False)
     if not isinstance(image, nibabel.Nifti1Pair) or not (image.header["qform_code"] or image.header["sform_code"]):
         raise Unreadable("no_orientation", f"{path}: must have a q-form or an s-form; without, left and right are not known")
-    array = np.asanyarray(image.dataobj)
+    affine, array = np.asarray(image.affine), np.asanyarray(image.dataobj)
     if array.dtype.fields:
         raise Unreadable("rgb", f"{path}: must hold one number per voxel; found colours")
     while array.ndim > 3 and array.shape[-1] == 1:
@@ -199,7 +199,7 @@ def _read_nifti(path: Path) -> Volume:
         raise Unreadable("not_3d", f"{path}: must have three axes, or four with channels last; found {array.ndim}")
     array_CXYZ = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
     x, y, z = array_CXYZ.shape[1:]
-    return Volume(_native(array_CXYZ), Grid((x, y, z), image.affine))
+    return Volume(_native(array_CXYZ), Grid((x, y, z), affine))
 
 
 def _read_itk(path: Path) -> Volume:

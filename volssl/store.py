@@ -1,173 +1,220 @@
-"""Prepared volumes on disk, chunked and compressed (blosc2, int16): read a box without reading the file.
+"""Prepared volumes on disk: one compressed chunked array per scan, of which a box is read without reading the file.
 
-    STORE/store.json           what all volumes share: version, spacing, orientation, window
-    STORE/manifest.csv         one row per volume
-    STORE/volumes/<scan_id>.b2nd   array (C, X, Y, Z), int16, RAS+
+STORE/store.json     what holds for all: version, spacing, orientation, window, clip, dtype, recipe
+STORE/manifest.csv   one row per scan; written last, so a store without it is not finished
+STORE/volumes/<scan_id>.b2nd
 
-Training reads stores on machines that have no archive library; this file imports none.
+A training machine needs only numpy and blosc2 for this file; a store is the same, byte for byte, whoever wrote it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import blosc2
 import numpy as np
 
-from volssl.files import BadInput, atomic, read_csv, read_json
+from volssl.files import BadInput, atomic, read_csv, read_json, write_csv, write_json
 
 VERSION = 1
-CHUNK_VOX, BLOCK_VOX = 64, 32
+CHUNKS = (1, 64, 64, 64)  # of (C, X, Y, Z)
+BLOCKS = (1, 32, 32, 32)
+OPEN_FILES = 256  # handles kept per process
 
-Size = tuple[int, int, int]
+Triple = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class StoredScan:
-    """One row of the manifest: ids are pseudonyms; body_start, body_stop: box of the body in the stored array, in voxels."""
+class About:
+    """What holds for every volume of a store; store.json. `window` are the stored values that map to 0 and 1."""
+
+    spacing_mm: tuple[float, float, float]
+    modality: str
+    window: tuple[float, float]
+    clip: tuple[float, float]
+    recipe: dict[str, Any]
+    orientation: str = "RAS"
+    dtype: str = "int16"
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored scan; a row of manifest.csv. Affines are 16 numbers, row by row, voxel index to world mm (RAS+).
+
+    `affine` belongs to the stored array, `original_affine` to the array of `original_shape` as the archive reads it: any voxel of
+    one is found in the other through the world. `body_start` to `body_stop` is the body in voxels of the stored array.
+    """
 
     scan_id: str
     patient_id: str
+    modality: str
     split: str
-    shape_vox: Size
-    body_start: Size
-    body_stop: Size
-    facts: dict[str, str] = field(default_factory=dict)
+    channels: int
+    shape_vox: Triple
+    body_start: Triple
+    body_stop: Triple
+    affine: tuple[float, ...]
+    original_shape: Triple
+    original_affine: tuple[float, ...]
+    scaling: tuple[float, float]  # stored = original * scaling[0] + scaling[1], then clipped and rounded
+    content_hash: str
+
+    def row(self) -> dict[str, str]:
+        """As text for manifest.csv; numbers of one cell are separated by blanks and come back exactly."""
+        return {key: " ".join(map(repr, value)) if isinstance(value, tuple) else str(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, row: dict[str, str]) -> Entry:
+        """From such a row. Raises: KeyError, ValueError: not such a row."""
+        integers = ("shape_vox", "body_start", "body_stop", "original_shape")
+        floats = ("affine", "original_affine", "scaling")
+        values: dict[str, Any] = {one.name: row[one.name] for one in fields(cls)}
+        values |= {key: tuple(map(int, values[key].split())) for key in integers}
+        values |= {key: tuple(map(float, values[key].split())) for key in floats}
+        return cls(**values | {"channels": int(values["channels"])})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Store:
-    """An opened store.
-
-    Attributes: path; spacing_mm and orientation of every volume; modality; clip: range of the stored values; window: stored values that
-        map to 0 and 1; rows.
-    """
+    """An open store. Pickles as its path and rows; files are opened when they are first read."""
 
     path: Path
-    spacing_mm: tuple[float, float, float]
-    orientation: str
-    modality: str
-    clip: tuple[float, float]
-    window: tuple[float, float]
-    rows: tuple[StoredScan, ...]
+    about: About
+    rows: list[Entry]
+    _arrays: OrderedDict[str, Any] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
 
-    @staticmethod
-    def open(path: Path | str) -> Store:
-        """Open a store. Raises: BadInput: if it is none, is of another version, or lacks a volume that its manifest names."""
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open a finished store. Raises: BadInput: no store, of another version, or not finished."""
         path = Path(path)
-        if not (path / "store.json").is_file():
-            raise BadInput(f"store {path}: must be a folder made by `volssl prepare` (with store.json); found none")
-        facts = read_json(path / "store.json")
-        if not isinstance(facts, dict) or facts.get("version") != VERSION:
-            found = facts.get("version") if isinstance(facts, dict) else facts
-            raise BadInput(f"store {path}: version must be {VERSION}; found {found!r}; prepare it again with this volssl")
+        about = read_about(path)
+        if not (path / "manifest.csv").is_file():
+            raise BadInput(f"store {path}: must be finished; found no manifest.csv; run `volssl prepare` on it with --resume")
         try:
-            rows = tuple(_row(row) for row in read_csv(path / "manifest.csv"))
-            store = Store(
-                path,
-                _three(facts["spacing_mm"]),
-                facts["orientation"],
-                facts["modality"],
-                _pair(facts["clip"]),
-                _pair(facts["window"]),
-                rows,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(
-                f"store {path}: store.json or manifest.csv is damaged ({type(error).__name__}: {error}); prepare it again"
-            ) from None
-        missing = [row.scan_id for row in rows if not volume_path(path, row.scan_id).is_file()]
-        if missing:
-            raise BadInput(
-                f"store {path}: every volume of the manifest must be there; {len(missing)} of {len(rows)} are missing, "
-                f"first {', '.join(missing[:5])}; run prepare again with --resume"
-            )
-        return store
+            rows = [Entry.of(row) for row in read_csv(path / "manifest.csv")]
+        except (KeyError, ValueError, AttributeError) as error:
+            raise BadInput(f"{path / 'manifest.csv'}: must be a manifest as prepare writes it; {error!r}") from None
+        return cls(path, about, rows)
 
-    @cached_property
-    def _handles(self) -> dict[str, Any]:
-        return {}
+    @classmethod
+    def create(cls, path: Path, about: About) -> Store:
+        """Begin a store, or go on with one that says the same of itself. Raises: BadInput: it says something else."""
+        path = Path(path)
+        if (path / "store.json").exists():
+            read_about(path)
+            if read_json(path / "store.json") != json.loads(json.dumps(asdict(about))):
+                raise BadInput(f"store {path}: must have been begun with the same recipe to be resumed; found another; use a new --out")
+        else:
+            write_json(path / "store.json", asdict(about))
+        return cls(path, about, [])
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files do not travel to worker processes; each opens its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_handles"}
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel spacing of every volume."""
+        return self.about.spacing_mm
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Stored values that map to 0 and to 1."""
+        return self.about.window
+
+    def volume_path(self, scan_id: str) -> Path:
+        """Where a volume lies. Raises: BadInput: not a pseudonym (a manifest is no way out of the folder)."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", scan_id):
+            raise BadInput(f"store {self.path}: scan_id must be letters, digits, _ or -; found {scan_id!r}")
+        return self.path / "volumes" / f"{scan_id}.b2nd"
+
+    def write(self, array_CXYZ: np.ndarray, entry: Entry) -> None:
+        """Write one volume with its entry inside, atomically; the same voxels give the same bytes. Raises: OSError."""
+        assert array_CXYZ.dtype == np.int16, array_CXYZ.dtype
+        assert array_CXYZ.shape == (entry.channels, *entry.shape_vox), (array_CXYZ.shape, entry)
+        packed = blosc2.asarray(
+            np.ascontiguousarray(array_CXYZ),
+            chunks=CHUNKS,
+            blocks=BLOCKS,
+            # One thread, so that the bytes do not depend on the machine; the split of streams is fixed for the same reason.
+            cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1),
+        )
+        packed.schunk.vlmeta["entry"] = json.dumps(entry.row(), sort_keys=True)
+        # By way of memory: the C library turns a full disk into an unclear error, the plain write does not.
+        frame = packed.to_cframe()
+        with atomic(self.volume_path(entry.scan_id)) as temporary:
+            temporary.write_bytes(frame)
+
+    def entry(self, scan_id: str) -> Entry | None:
+        """The entry inside a stored volume, or None if it is not stored. Raises: BadInput: damaged."""
+        path = self.volume_path(scan_id)
+        if not path.is_file():
+            return None
+        try:
+            return Entry.of(json.loads(self._array(scan_id).schunk.vlmeta["entry"]))
+        except (KeyError, ValueError):
+            raise BadInput(f"{path}: must hold its entry; found none; delete the file and prepare it again") from None
+
+    def finish(self, rows: Iterable[Entry]) -> None:
+        """Write manifest.csv, sorted by scan_id: from now on the store opens."""
+        self.rows = sorted(rows, key=lambda entry: entry.scan_id)
+        write_csv(self.path / "manifest.csv", [row.row() for row in self.rows], [one.name for one in fields(Entry)])
 
     def read_box(self, scan_id: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """Read a box, (C, *size) int16; what lies outside the volume is the low end of the clip range (air).
+        """Voxels from `start` on, `size` of them along X, Y, Z: int16 (C, X, Y, Z).
 
-        Raises: BadInput: if the volume cannot be read.
+        Only the chunks that it touches are read. It may reach outside: there is air, the lower end of the window.
         """
-        array = self._open(scan_id)
+        array = self._array(scan_id)
         shape = array.shape[1:]
-        low = [min(max(s, 0), n) for s, n in zip(start, shape, strict=True)]
-        high = [max(min(s + w, n), a) for s, w, n, a in zip(start, size, shape, low, strict=True)]
-        try:
-            inside = array[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
-        except (RuntimeError, OSError) as error:
-            raise BadInput(f"store: volume {scan_id} must be readable; {error}; delete it and run prepare --resume") from None
-        if inside.shape[1:] == tuple(size):
-            return inside
-        box = np.full((array.shape[0], *size), round(self.clip[0]), dtype=np.int16)
-        place = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-        box[(slice(None), *place)] = inside
+        inner = [(max(0, int(a)), min(n, int(a) + int(w))) for a, w, n in zip(start, size, shape, strict=True)]
+        if all(a == int(s) and b - a == int(w) for (a, b), s, w in zip(inner, start, size, strict=True)):
+            return self._part(scan_id, inner)
+        box = np.full((array.shape[0], *(int(w) for w in size)), round(self.window[0]), dtype=np.int16)
+        if all(a < b for a, b in inner):
+            where = tuple(slice(a - int(s), b - int(s)) for (a, b), s in zip(inner, start, strict=True))
+            box[(slice(None), *where)] = self._part(scan_id, inner)
         return box
 
-    def read(self, scan_id: str) -> np.ndarray:
-        """Read a whole volume, (C, X, Y, Z) int16."""
-        return self._open(scan_id)[...]
+    def _part(self, scan_id: str, box: Sequence[tuple[int, int]]) -> np.ndarray:
+        try:
+            return self._array(scan_id)[(slice(None), *(slice(a, b) for a, b in box))]
+        except RuntimeError:
+            raise BadInput(f"{self.volume_path(scan_id)}: must be whole; found damage; delete it and prepare again") from None
 
-    def _open(self, scan_id: str) -> Any:
-        if scan_id not in self._handles:
-            if len(self._handles) >= 256:  # far below the usual limit of open files
-                self._handles.pop(next(iter(self._handles)))
-            try:
-                self._handles[scan_id] = blosc2.open(str(volume_path(self.path, scan_id)), mode="r", dparams={"nthreads": 1})
-            except (RuntimeError, OSError, ValueError) as error:
-                raise BadInput(f"store: volume {scan_id} must be readable; {error}; delete it and run prepare --resume") from None
-        return self._handles[scan_id]
+    def _array(self, scan_id: str) -> Any:
+        if scan_id in self._arrays:
+            self._arrays.move_to_end(scan_id)
+            return self._arrays[scan_id]
+        path = self.volume_path(scan_id)
+        try:
+            array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise BadInput(f"{path}: must be a stored volume; {type(error).__name__} while opening it; prepare it again") from None
+        if array.ndim != 4 or array.dtype != np.int16:
+            raise BadInput(f"{path}: must be int16 (C, X, Y, Z); found {array.dtype} with {array.ndim} axes; prepare it again")
+        self._arrays[scan_id] = array
+        if len(self._arrays) > OPEN_FILES:
+            self._arrays.popitem(last=False)
+        return array
 
-
-def volume_path(store: Path, scan_id: str) -> Path:
-    """File of one volume."""
-    return store / "volumes" / f"{scan_id}.b2nd"
-
-
-def write_volume(store: Path, scan_id: str, array_CXYZ: np.ndarray) -> None:
-    """Write one volume, atomically; the same array gives the same bytes."""
-    assert array_CXYZ.dtype == np.int16 and array_CXYZ.ndim == 4, "a stored volume is int16 (C, X, Y, Z)"
-    chunks = (1, *(min(CHUNK_VOX, n) for n in array_CXYZ.shape[1:]))
-    blocks = (1, *(min(BLOCK_VOX, n) for n in array_CXYZ.shape[1:]))
-    with atomic(volume_path(store, scan_id)) as temporary:
-        blosc2.asarray(
-            np.ascontiguousarray(array_CXYZ),
-            chunks=chunks,
-            blocks=blocks,
-            cparams={"codec": blosc2.Codec.LZ4, "clevel": 5, "nthreads": 1},
-            urlpath=str(temporary),
-            mode="w",
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_arrays": OrderedDict()}
 
 
-def _row(row: dict[str, str]) -> StoredScan:
-    named = ("scan_id", "patient_id", "split", "shape_vox", "body_start", "body_stop")
-    shape, start, stop = (_whole(row[name]) for name in named[3:])
-    return StoredScan(row["scan_id"], row["patient_id"], row["split"], shape, start, stop, {k: v for k, v in row.items() if k not in named})
-
-
-def _whole(text: str) -> Size:
-    x, y, z = (int(part) for part in text.split("x"))
-    return x, y, z
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    x, y, z = (float(value) for value in values)
-    return x, y, z
-
-
-def _pair(values: Sequence[float]) -> tuple[float, float]:
-    low, high = (float(value) for value in values)
-    return low, high
+def read_about(path: Path) -> About:
+    """Read store.json. Raises: BadInput: not there, or of another version."""
+    if not (Path(path) / "store.json").is_file():
+        raise BadInput(f"store {path}: must be a folder that `volssl prepare` wrote; found no store.json")
+    values = read_json(Path(path) / "store.json")
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise BadInput(f"store {path}: must be of version {VERSION}; found {version!r}; prepare it again with this volssl")
+    try:
+        lists = {key: tuple(values[key]) for key in ("spacing_mm", "window", "clip")}
+        return About(**values | lists)
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{Path(path) / 'store.json'}: must be as prepare writes it; {error}") from None

@@ -1,0 +1,121 @@
+"""Boxes inside, across and outside of the border; entries come back; damage and other versions are refused."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from volssl.files import BadInput
+from volssl.store import About, Entry, Store, read_about
+
+ABOUT = About(
+    spacing_mm=(1.0, 1.0, 2.5), modality="CT", window=(-1000.0, 1000.0), clip=(-1024.0, 3071.0), recipe={"spacing_mm": [1, 1, 2.5]}
+)
+
+
+def entry(scan_id, shape, **other) -> Entry:
+    values = {
+        "scan_id": scan_id, "patient_id": "P1", "modality": "CT", "split": "train", "channels": 1, "shape_vox": shape,
+        "body_start": (1, 2, 3), "body_stop": shape, "affine": tuple(np.diag([1, 1, 2.5, 1]).ravel().tolist()),
+        "original_shape": (9, 9, 9), "original_affine": tuple((np.eye(4) / 3).ravel().tolist()), "scaling": (1.0, 0.0), "content_hash": "c",
+    }  # fmt: skip
+    return Entry(**values | other)
+
+
+@pytest.fixture
+def filled(tmp_path):
+    store = Store.create(tmp_path / "store", ABOUT)
+    array = np.random.default_rng(0).integers(-1000, 1000, (2, 70, 40, 33), dtype=np.int16)
+    one = entry("S1", (70, 40, 33), channels=2)
+    store.write(array, one)
+    store.finish([one])
+    return tmp_path / "store", array, one
+
+
+def test_entries_come_back_exactly(filled):
+    path, _, one = filled
+    store = Store.open(path)
+    assert store.rows == [one]
+    assert store.entry("S1") == one
+    assert store.entry("S2") is None
+    assert store.about == ABOUT
+    assert (store.spacing_mm, store.window) == ((1.0, 1.0, 2.5), (-1000.0, 1000.0))
+
+
+@pytest.mark.parametrize("start", [(0, 0, 0), (60, 10, 5), (-7, 30, 20), (-40, 0, 0), (500, 500, 500)])
+def test_boxes_inside_across_and_outside(filled, start):
+    path, array, _ = filled
+    padded = np.pad(array, [(0, 0)] + [(600, 600)] * 3, constant_values=-1000)
+    want = padded[(slice(None), *(slice(s + 600, s + 600 + w) for s, w in zip(start, (16, 10, 12), strict=True)))]
+    got = Store.open(path).read_box("S1", start, (16, 10, 12))
+    assert got.dtype == np.int16
+    np.testing.assert_array_equal(got, want)
+
+
+def test_store_pickles_after_use(filled):
+    store = Store.open(filled[0])
+    before = store.read_box("S1", (0, 0, 0), (8, 8, 8))
+    again = pickle.loads(pickle.dumps(store))
+    assert not again._arrays
+    np.testing.assert_array_equal(again.read_box("S1", (0, 0, 0), (8, 8, 8)), before)
+
+
+def test_same_voxels_same_bytes(filled, tmp_path):
+    path, array, one = filled
+    other = Store.create(tmp_path / "other", ABOUT)
+    other.write(np.asfortranarray(array), one)
+    assert (path / "volumes/S1.b2nd").read_bytes() == (tmp_path / "other/volumes/S1.b2nd").read_bytes()
+
+
+def test_another_version_is_refused(filled):
+    path = filled[0]
+    values = json.loads((path / "store.json").read_text()) | {"version": 99}
+    (path / "store.json").write_text(json.dumps(values))
+    with pytest.raises(BadInput, match=r"version 1; found 99"):
+        Store.open(path)
+
+
+def test_no_store_and_unfinished_store_are_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"no store\.json"):
+        Store.open(tmp_path)
+    Store.create(tmp_path / "begun", ABOUT)
+    with pytest.raises(BadInput, match="--resume"):
+        Store.open(tmp_path / "begun")
+
+
+def test_resuming_with_another_recipe_is_refused(filled):
+    Store.create(filled[0], ABOUT)
+    with pytest.raises(BadInput, match="same recipe"):
+        Store.create(filled[0], About(**{**ABOUT.__dict__, "spacing_mm": (2.0, 2.0, 2.0)}))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_damaged_volume_is_refused(filled, damage):
+    path = filled[0]
+    file = path / "volumes/S1.b2nd"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        for at in range(len(data) // 3, len(data) // 2, 100):
+            data[at] ^= 255
+    file.write_bytes({"cut": data[: len(data) // 2], "flip": data, "empty": b""}[damage])
+    with pytest.raises(BadInput):
+        Store.open(path).read_box("S1", (0, 0, 0), (70, 40, 33))
+
+
+def test_manifest_that_is_none_is_refused(filled):
+    (filled[0] / "manifest.csv").write_text("scan_id,what\nS1,2\n")
+    with pytest.raises(BadInput, match="manifest"):
+        Store.open(filled[0])
+
+
+def test_scan_id_is_no_way_out_of_the_folder(filled):
+    with pytest.raises(BadInput, match="scan_id"):
+        Store.open(filled[0]).read_box("../../etc", (0, 0, 0), (1, 1, 1))
+
+
+def test_read_about_refuses_strange_keys(filled):
+    path = filled[0] / "store.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
+    with pytest.raises(BadInput, match="as prepare writes it"):
+        read_about(filled[0])

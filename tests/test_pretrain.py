@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from volssl import pretrain, store
+from volssl import pretrain
 from volssl.checkpoints import NotFinite
 from volssl.export.bundle import load_encoder
-from volssl.files import BadInput, write_csv, write_json
+from volssl.files import BadInput, write_json
 from volssl.journal import read_metrics
+from volssl.store import About, Entry, Store
 
 TINY = [
     "net.width=4",
@@ -36,20 +37,19 @@ TINY = [
 ]
 
 
-def make_store(path, scans=3, side=40, poison=None):
-    (path / "volumes").mkdir(parents=True)
-    rows = []
+def make_store(path, scans=3, side=40):
+    about = About((1.0, 1.0, 1.0), "CT", (-1000.0, 1000.0), (-1024.0, 3071.0), recipe={})
+    made = Store.create(path, about)
+    entries = []
     for i in range(scans):
         rng = np.random.default_rng(i)
         grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, side)] * 3, indexing="ij"))
         array = np.where((grid**2).sum(0) < 0.8, 40, -1000) + 300 * (np.abs(grid[0]) < 0.1 * (i + 1)) + rng.normal(0, 20, (side,) * 3)
-        store.write_volume(path, f"S{i}", array.clip(-1024, 3071).astype(np.int16)[None])
-        box = f"{side}x{side}x{side}"
+        shape, eye = (side, side, side), tuple(np.eye(4).ravel().tolist())
         split = "val" if i == 0 else "train"
-        rows.append({"scan_id": f"S{i}", "patient_id": f"P{i}", "split": split, "shape_vox": box, "body_start": "0x0x0", "body_stop": box})
-    write_csv(path / "manifest.csv", rows, list(rows[0]))
-    facts = {"version": 1, "spacing_mm": [1, 1, 1], "orientation": "RAS", "modality": "CT", "clip": [-1024, 3071], "window": [-1000, 1000]}
-    write_json(path / "store.json", facts)
+        entries.append(Entry(f"S{i}", f"P{i}", "CT", split, 1, shape, (0, 0, 0), shape, eye, shape, eye, (1.0, 0.0), "c"))
+        made.write(array.clip(-1024, 3071).astype(np.int16)[None], entries[-1])
+    made.finish(entries)
     return path
 
 

@@ -41,7 +41,15 @@ def test_all_complaints_come_at_once_and_name_the_known_keys():
     with pytest.raises(BadInput) as caught:
         recipe.parse(values, {"settings": Settings, "net": "nets"}, "mine")
     told = str(caught.value)
-    for part in ("'extra'; known are: settings, net", "settings.lr", "settings.stepz: unknown key", "settings.steps", "widht", "one of", "unet"):
+    for part in (
+        "'extra'; known are: settings, net",
+        "settings.lr",
+        "settings.stepz: unknown key",
+        "settings.steps",
+        "widht",
+        "one of",
+        "unet",
+    ):
         assert part in told, part
 
 

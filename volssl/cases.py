@@ -16,6 +16,7 @@ from torch import Tensor
 from volssl.archive import read_image, read_label
 from volssl.augment.intensity import Blur, Contrast, Gamma, Noise
 from volssl.augment.spatial import Affine, Box, take
+from volssl.augment.transform import AbstractTransform
 from volssl.datasets import Case, CaseTable
 from volssl.draws import Draws, generator
 from volssl.evaluate import describe, unknown_values
@@ -75,8 +76,8 @@ class Augmentation:
     def apply(self, batch: Batch, draws: Draws, *, patch_vox: tuple[int, int, int], classes: int) -> tuple[Tensor, Tensor]:
         """Boxes with their margin -> patches x (B, C, X, Y, Z) and class indices (B, 1, X, Y, Z)."""
         x, y = batch.x_BCXYZ, batch.y_B1XYZ
-        sides = torch.tensor(x.shape[2:], device=x.device).expand(len(x), 3)
-        size = torch.tensor(patch_vox, device=x.device).expand(len(x), 3)
+        sides = torch.tensor(x.shape[2:]).expand(len(x), 3)
+        size = torch.tensor(patch_vox).expand(len(x), 3)
         box = Box((sides - size) // 2, size)
         if self.affine is None:
             margin = [(n - p) // 2 for n, p in zip(x.shape[2:], patch_vox, strict=True)]
@@ -90,7 +91,8 @@ class Augmentation:
             moved = take(one_hot, box, patch_vox, **place)
             y = torch.cat([1 - moved.sum(1, keepdim=True), moved], 1).argmax(1, keepdim=True)
         contrast = self.contrast and replace(self.contrast, channels=x.shape[1])
-        for name, change in (("blur", self.blur), ("contrast", contrast), ("gamma", self.gamma), ("noise", self.noise)):
+        changes: dict[str, AbstractTransform | None] = {"blur": self.blur, "contrast": contrast, "gamma": self.gamma, "noise": self.noise}
+        for name, change in changes.items():
             if change is not None:
                 x = change.apply(x, change.sample(draws.fork(name)))
         return x, y.long()
@@ -242,7 +244,8 @@ class LabelledPatches:
             low, high = np.maximum(low, np.minimum(voxel - patch + 1, high)), np.minimum(high, np.maximum(voxel, low))
         start = source.integers(low, high + 1)
         margin = np.array([math.ceil(self.sampling.margin * side) for side in patch])
-        return case, *(cut(array, start - margin, patch + 2 * margin) for array in (case.x_CXYZ, case.y_XYZ))
+        start, size = start - margin, patch + 2 * margin
+        return case, cut(case.x_CXYZ, start, size), cut(case.y_XYZ, start, size)
 
 
 def cut(array: np.ndarray, start_3: np.ndarray, size_3: np.ndarray) -> np.ndarray:

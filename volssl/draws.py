@@ -18,7 +18,7 @@ def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the increment of SplitMix64
 
 
-def _mix(z: np.ndarray | np.uint64) -> np.ndarray:
+def _mix(z: Any) -> Any:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -34,14 +34,14 @@ class Draws:
     """Numbers for the samples of one batch; sample b draws from (seed, stream, step, first_sample + b) alone.
 
     `first_sample` is the place of this batch in the global batch (rank times local batch size), so that two processes draw what
-    one process with both batches would. Drawing from the same stream twice gives the same numbers: `fork` a stream per purpose.
+    one process with both batches would. The numbers lie on the CPU (few, and decided there), whole volumes of noise on the batch's device.
+    Drawing from the same stream twice gives the same numbers: `fork` a stream per purpose.
     """
 
     seed: int
     step: int
     first_sample: int
     batch_size: int
-    device: torch.device | str = "cpu"
     stream: str = ""
 
     def fork(self, name: str) -> Draws:
@@ -51,7 +51,7 @@ class Draws:
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         """Uniform numbers in [low, high): float32, (B, *shape)."""
         unit = (self._bits(*shape) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        return self._place((low + (high - low) * unit).astype(np.float32))
+        return torch.from_numpy((low + (high - low) * unit).astype(np.float32))
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (Box-Muller): float32, (B, *shape). For whole volumes take `noise_like`."""
@@ -61,7 +61,7 @@ class Draws:
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         """Integers in [low, high): int64, (B, *shape). The bias of the remainder is below 2**-32 for ranges under 2**32."""
-        return self._place((self._bits(*shape) % np.uint64(high - low)).astype(np.int64) + low)
+        return torch.from_numpy((self._bits(*shape) % np.uint64(high - low)).astype(np.int64) + low)
 
     def bernoulli(self, probability: float, *shape: int) -> Tensor:
         """True with `probability`: bool, (B, *shape)."""
@@ -76,9 +76,6 @@ class Draws:
         with np.errstate(over="ignore"):
             keys_B = _mix(key ^ _mix((samples + np.uint64(1)) * GOLDEN))
             return _mix(keys_B[:, None] + counters[None] * GOLDEN).reshape(self.batch_size, *shape)
-
-    def _place(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     def noise_like(self, x_BCXYZ: Tensor) -> Tensor:
         """Standard normal noise of the shape of a batch, drawn on its device, each sample from its own generator.

@@ -109,7 +109,7 @@ def start(plan: Plan, net: SegmentationNet, made: dict[str, Any], patches: Label
     """Network on the device, its optimiser and its running mean. made: the parsed recipe."""
     optimisation: Optimisation = made["optimisation"]
     fabric = Fabric(accelerator="auto", devices=1, precision=fabric_precision(optimisation.precision))
-    net.to(fabric.device, memory_format=torch.channels_last_3d)
+    net.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     averaged = copy.deepcopy(net).requires_grad_(False).eval()
     parameters = net.parameters()
     if optimisation.optimizer == "sgd":
@@ -148,7 +148,7 @@ def train(current: Run, checkpoints: Checkpoints, journal: Journal, stop: StopSi
 
 
 def _augmented(current: Run, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    draws = Draws(current.seed, step, 0, len(batch.case_ids), current.fabric.device, "finetune")
+    draws = Draws(current.seed, step, 0, len(batch.case_ids), "finetune")
     x, y = current.augmentation.apply(batch, draws, patch_vox=current.plan.patch_vox, classes=len(current.plan.values))
     return current.plan.preparation.patch(x).contiguous(memory_format=torch.channels_last_3d), y
 
@@ -170,7 +170,9 @@ def _losses(current: Run, x_BCXYZ: Tensor, y_B1XYZ: Tensor) -> dict[str, Tensor]
 
 def _step(current: Run, lr: float, cases: list[str]) -> float:
     clip, optimizer = current.optimisation.clip, current.optimizer
-    norm = float(current.fabric.clip_gradients(current.net, optimizer, max_norm=clip or float("inf"), error_if_nonfinite=False))
+    total = current.fabric.clip_gradients(current.net, optimizer, max_norm=clip or math.inf, error_if_nonfinite=False)
+    assert total is not None
+    norm = float(total)
     # A gradient scaler skips a step whose gradients overflowed and lowers its scale; without one nothing may be swallowed.
     if scaler_of(current.fabric) is None:
         check_finite({"gradient": torch.tensor(norm)}, step=current.steps_done, scans=cases)

@@ -188,7 +188,7 @@ def fabric_precision(asked: Precision) -> Any:
 
 def _start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], store: Store, out: Path) -> Run:
     training: Training = made["training"]
-    method.to(fabric.device, memory_format=torch.channels_last_3d)
+    method.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     optimizers = {}
     for party, parameters in method.parties().items():
         if training.optimizer == "sgd":
@@ -266,7 +266,7 @@ def _stream(current: Run, stream: str, split: str, steps: int, first: int = 0) -
 
 def _views(current: Run, patches: Patches, index: int, stream: str = "") -> Any:
     x_BCXYZ = to_unit(patches.boxes_BCXYZ, current.store.window, current.fabric.device)
-    draws = Draws(current.training.seed, index, 0, len(x_BCXYZ), current.fabric.device, stream)
+    draws = Draws(current.training.seed, index, 0, len(x_BCXYZ), stream)
     return current.method.views(x_BCXYZ, draws, spacing_mm=current.store.spacing_mm)
 
 
@@ -320,10 +320,10 @@ def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: Ab
         architecture={"name": net.name, "arguments": arguments},
         in_channels=arguments["in_channels"],
         spacing_mm=store.spacing_mm,
-        orientation=store.orientation,
+        orientation=store.about.orientation,
         intensity={
-            "modality": store.modality,
-            "clip": list(store.clip),
+            "modality": store.about.modality,
+            "clip": list(store.about.clip),
             "window": list(store.window),
             "normalisation": method.normalisation,
         },

@@ -23,7 +23,9 @@ def test_apply_is_pure_and_per_sample(transform):
     torch.testing.assert_close(once[2:], alone)
 
 
-@pytest.mark.parametrize("transform", [Blur(share=0.0), Noise(share=0.0), Contrast(share=0.0), Gamma(share=0.0)], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    "transform", [Blur(share=0.0), Noise(share=0.0), Contrast(share=0.0), Gamma(share=0.0)], ids=lambda t: type(t).__name__
+)
 def test_share_zero_changes_nothing(transform):
     x = torch.rand(2, 1, 8, 8, 8)
     torch.testing.assert_close(transform.apply(x, transform.sample(Draws(0, 5, 0, 2))), x)

@@ -28,10 +28,10 @@ class PatchSwap(AbstractTransform):
 
     def apply(self, x_BCXYZ: Tensor, params: Tensor) -> Tensor:
         """Copy with swapped patches; a second write to an overlap wins, as in the source."""
-        batch, channels, *sides = x_BCXYZ.shape
+        _, channels, *sides = x_BCXYZ.shape
         patch = [min(p, n) for p, n in zip(self.patch_vox, sides, strict=True)]
         room = torch.tensor([n - p + 1 for n, p in zip(sides, patch, strict=True)], device=x_BCXYZ.device)
-        corner = (params * room).long().minimum(room - 1)
+        corner = (params.to(x_BCXYZ.device) * room).long().minimum(room - 1)
         strides = torch.tensor([sides[1] * sides[2], sides[2], 1], device=x_BCXYZ.device)
         inside = torch.cartesian_prod(*(torch.arange(p, device=x_BCXYZ.device) for p in patch)).view(-1, 3) @ strides
         places_Bs2P = (corner @ strides)[..., None] + inside

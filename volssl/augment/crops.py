@@ -55,8 +55,8 @@ class PairCrops:
             pair_223 = self._pair(source, np.array(parent_vox))
             pair_B223.append(pair_223)
             locals_BL23.append([self._local(source, pair_223) for _ in range(self.locals)])
-        pair = torch.from_numpy(np.array(pair_B223, dtype=np.float32)).to(draws.device)
-        local = torch.from_numpy(np.array(locals_BL23, dtype=np.float32)).to(draws.device)
+        pair = torch.from_numpy(np.array(pair_B223, dtype=np.float32))
+        local = torch.from_numpy(np.array(locals_BL23, dtype=np.float32))
         boxes = [Box(local[:, i, 0], local[:, i, 1]) for i in range(self.locals)]
         return Box(pair[:, 0, 0], pair[:, 0, 1]), Box(pair[:, 1, 0], pair[:, 1, 1]), boxes
 

@@ -17,23 +17,24 @@ def gaussian_blur(x_BCXYZ: Tensor, sigma_B3: Tensor) -> Tensor:
 
     One small matrix product per axis: exact for any sigma, and batched where a convolution would need a kernel per sample.
     """
-    y = x_BCXYZ
-    for axis in range(3):
-        sides = y.shape[2 + axis]
-        matrix_BNN = _blur_matrix(sigma_B3[:, axis], sides).to(y.dtype)
-        y = torch.einsum("bij,bcj...->bci...", matrix_BNN, y.movedim(2 + axis, 2)).movedim(2, 2 + axis)
-    return y.contiguous()
+    sigma_B3 = sigma_B3.to("cpu", torch.float32)
+    over_x, over_y, over_z = (
+        _blur_matrix(sigma_B3[:, axis], x_BCXYZ.shape[2 + axis]).to(x_BCXYZ.device, x_BCXYZ.dtype, non_blocking=True) for axis in range(3)
+    )
+    y = (over_x[:, None] @ x_BCXYZ.flatten(3)).view_as(x_BCXYZ)
+    y = over_y[:, None, None] @ y
+    return (y.flatten(2, 3) @ over_z.mT[:, None]).view_as(x_BCXYZ)
 
 
 def _blur_matrix(sigma_B: Tensor, side: int) -> Tensor:
     # Row i holds the weights of the Gaussian about voxel i, cut at 4 sigma as scipy does; what falls outside goes to the edge voxel.
     reach = max(1, int(4 * float(sigma_B.max()) + 0.5))
-    offsets = torch.arange(-reach, reach + 1, device=sigma_B.device, dtype=torch.float32)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (offsets / sigma_B[:, None].clamp(min=1e-3)) ** 2)
     weights = torch.where(offsets.abs() <= (4 * sigma_B[:, None] + 0.5).floor(), weights, 0.0)
     weights = weights / weights.sum(1, keepdim=True)
-    source = (torch.arange(side, device=sigma_B.device)[:, None] + offsets.long()).clamp(0, side - 1)
-    matrix = torch.zeros(len(sigma_B), side, side, device=sigma_B.device)
+    source = (torch.arange(side)[:, None] + offsets.long()).clamp(0, side - 1)
+    matrix = torch.zeros(len(sigma_B), side, side)
     return matrix.scatter_add_(2, source.expand(len(sigma_B), -1, -1), weights[:, None].expand(-1, side, -1).contiguous())
 
 
@@ -69,7 +70,7 @@ class Noise(AbstractTransform):
     def apply(self, x_BCXYZ: Tensor, params: tuple[Tensor, Draws]) -> Tensor:
         """Noisy copy."""
         sd_B, stream = params
-        return torch.addcmul(x_BCXYZ, stream.noise_like(x_BCXYZ), sd_B.to(x_BCXYZ.dtype).view(-1, 1, 1, 1, 1))
+        return torch.addcmul(x_BCXYZ, stream.noise_like(x_BCXYZ), sd_B.to(x_BCXYZ.device, x_BCXYZ.dtype).view(-1, 1, 1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Gamma(AbstractTransform):
 
     def apply(self, x_BCXYZ: Tensor, params: Tensor) -> Tensor:
         """Copy with changed gamma."""
-        exponent = params.to(x_BCXYZ.dtype).view(-1, 1, 1, 1, 1)
+        exponent = params.to(x_BCXYZ.device, x_BCXYZ.dtype).view(-1, 1, 1, 1, 1)
         if not self.rescale:
             return x_BCXYZ.sign() * x_BCXYZ.abs().clamp(min=1e-12) ** exponent
         low, high = x_BCXYZ.amin((2, 3, 4), keepdim=True), x_BCXYZ.amax((2, 3, 4), keepdim=True)
@@ -112,7 +113,7 @@ class Contrast(AbstractTransform):
 
     def apply(self, x_BCXYZ: Tensor, params: tuple[Tensor, Tensor]) -> Tensor:
         """Copy with changed contrast."""
-        factor, shift = (p.to(x_BCXYZ.dtype)[:, :, None, None, None] for p in params)
+        factor, shift = (p.to(x_BCXYZ.device, x_BCXYZ.dtype)[:, :, None, None, None] for p in params)
         mean = x_BCXYZ.mean((2, 3, 4), keepdim=True)
         return (x_BCXYZ - mean) * factor + mean + shift
 

@@ -39,7 +39,7 @@ class Affine:
 
     def sample(self, draws: Draws) -> Tensor:
         """Draw matrices (B, 3, 3) in physical axes that map an offset from the centre in the output to the offset in the source."""
-        share = torch.tensor(self.flip_share, device=draws.device)
+        share = torch.tensor(self.flip_share)
         flips_B3 = torch.where(draws.fork("flip").uniform(0, 1, 3) < share, -1.0, 1.0)
         scale_B3 = draws.fork("scale").uniform(1 - self.scale, 1 + self.scale, 3)
         angles_B3 = torch.deg2rad(draws.fork("rotation").uniform(-self.degrees, self.degrees, 3))
@@ -75,26 +75,43 @@ def take(
     Where a box is larger than `size` the parent is smoothed first (Gaussian, sigma (zoom - 1) / 2 voxels, the rule of scikit-image's
     resize), unless mode is nearest. Voxels from outside the parent are 0, which is air on the [0, 1] scale of a CT window.
 
-    Args: x_BCXYZ: parent boxes. matrix_B33: from `Affine.sample`, or None. spacing_mm: of the parent.
+    Args: x_BCXYZ: parent boxes. matrix_B33: from `Affine.sample`, or None. spacing_mm: of the parent. Boxes and matrices lie on the
+        CPU, where all they decide is worked out, so that a CUDA device need not be waited for.
     Returns: (B, C, *size), the parent's type.
     """
-    zoom_B3 = box.size_B3.float() / torch.tensor(size, device=x_BCXYZ.device)
-    if mode == "bilinear" and bool((zoom_B3 > 1).any()):
-        x_BCXYZ = gaussian_blur(x_BCXYZ, ((zoom_B3 - 1) / 2).clamp(min=0))
+    box = Box(box.start_B3.float(), box.size_B3.float())
+    zoom_B3 = box.size_B3 / torch.tensor(size)
     # source voxel = centre + M (output voxel - output centre), M = spacing^-1 matrix spacing zoom
-    spacing = torch.tensor(spacing_mm, dtype=torch.float32, device=x_BCXYZ.device)
-    if matrix_B33 is None:
-        matrix_B33 = torch.eye(3, device=x_BCXYZ.device).expand(len(x_BCXYZ), 3, 3)
-    matrix_B33 = matrix_B33 / spacing[:, None] * spacing * zoom_B3[:, None]
-    centre_B3 = box.start_B3.float() + (box.size_B3.float() - 1) / 2
-    return _sample(x_BCXYZ, matrix_B33, centre_B3, size, mode)
+    spacing = torch.tensor(spacing_mm, dtype=torch.float32)
+    turn_B33 = torch.eye(3).expand(len(x_BCXYZ), 3, 3) if matrix_B33 is None else matrix_B33
+    step_B33 = turn_B33 / spacing[:, None] * spacing * zoom_B3[:, None]
+    centre_B3 = box.start_B3 + (box.size_B3 - 1) / 2
+    sigma_B3 = (zoom_B3 - 1).clamp(min=0) / 2 if mode == "bilinear" else torch.zeros_like(zoom_B3)
+    window, corner_B3 = _window(x_BCXYZ, step_B33, centre_B3, size, 4 * sigma_B3)
+    if bool((sigma_B3 > 0).any()):
+        window = gaussian_blur(window, sigma_B3)
+    return _sample(window, step_B33, centre_B3 - corner_B3, size, mode)
 
 
-def _sample(x_BCXYZ: Tensor, matrix_B33: Tensor, centre_B3: Tensor, size: tuple[int, int, int], mode: Mode) -> Tensor:
+def _window(x_BCXYZ: Tensor, step_B33: Tensor, centre_B3: Tensor, size: tuple[int, int, int], margin_B3: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest windows of one size that hold all that the boxes read, and their corners (B, 3): what follows touches no more."""
+    sides = torch.tensor(x_BCXYZ.shape[2:])
+    half_B3 = step_B33.abs() @ ((torch.tensor(size) - 1) / 2) + margin_B3 + 1.5
+    extent = torch.minimum((2 * half_B3).amax(0).ceil().long() + 1, sides)
+    corner_B3 = torch.minimum((centre_B3 - half_B3).floor().long().clamp(min=0), sides - extent)
+    if bool((extent == sides).all()):
+        return x_BCXYZ, torch.zeros_like(corner_B3)
+    i, j, k = ((corner_B3[:, axis, None] + torch.arange(int(extent[axis]))).to(x_BCXYZ.device, non_blocking=True) for axis in range(3))
+    sample = torch.arange(len(x_BCXYZ), device=x_BCXYZ.device)[:, None, None, None]
+    channels = [x_BCXYZ[:, c][sample, i[:, :, None, None], j[:, None, :, None], k[:, None, None]] for c in range(x_BCXYZ.shape[1])]
+    return torch.stack(channels, 1), corner_B3
+
+
+def _sample(x_BCXYZ: Tensor, step_B33: Tensor, centre_B3: Tensor, size: tuple[int, int, int], mode: Mode) -> Tensor:
     # grid_sample counts from -1 to 1 over the array (align_corners off) and names the last axis first.
-    sides = torch.tensor(x_BCXYZ.shape[2:], dtype=torch.float32, device=x_BCXYZ.device)
-    scale_B33 = matrix_B33 * (2 / sides)[:, None]
-    shift_B3 = (2 * centre_B3 + 1) / sides - 1
+    sides = torch.tensor(x_BCXYZ.shape[2:], dtype=torch.float32)
+    scale_B33 = (step_B33 * (2 / sides)[:, None]).to(x_BCXYZ.device, non_blocking=True)
+    shift_B3 = ((2 * centre_B3 + 1) / sides - 1).to(x_BCXYZ.device, non_blocking=True)
     i, j, k = (torch.arange(n, dtype=torch.float32, device=x_BCXYZ.device) - (n - 1) / 2 for n in size)
     # A sum of three broadcast lines is far cheaper than a product of a (N, 4) grid with each matrix.
     grid = torch.empty(len(x_BCXYZ), *size, 3, device=x_BCXYZ.device)

@@ -1,4 +1,4 @@
-"""The project files hold together: one set of pinned versions, no torchvision, nothing undeclared, order as the architecture page tells it."""
+"""The project files hold together: one set of pinned versions, no torchvision, nothing undeclared, the order of the architecture page."""
 
 from __future__ import annotations
 

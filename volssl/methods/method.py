@@ -24,6 +24,7 @@ class AbstractMethod(nn.Module, ABC):
     citation: ClassVar[str]
     normalisation: ClassVar[str]  # what happens to a [0, 1] patch before the encoder, for the bundle's card
     encoder: nn.Module
+    net: Any  # the backbone: a module with encoder, decoder, stride and arguments
 
     @abstractmethod
     def check(self, box_vox: tuple[int, int, int], batch_size: int) -> None:

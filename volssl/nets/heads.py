@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,9 +68,9 @@ class SegmentationNet(nn.Module):
 
     def __init__(self, net: nn.Module, out_channels: int, *, deep_supervision: bool = False) -> None:
         super().__init__()
-        self.net = net
+        self.net: Any = net
         self.deep_supervision = deep_supervision
-        channels = net.decoder.channels[::-1] if deep_supervision else net.decoder.channels[-1:]
+        channels = self.net.decoder.channels[::-1] if deep_supervision else self.net.decoder.channels[-1:]
         self.heads = nn.ModuleList(nn.Conv3d(c, out_channels, 1) for c in channels)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor | list[Tensor]:

@@ -137,7 +137,7 @@ def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> Da
         batch_size=None,
         sampler=_Steps(first_step, stream.steps),
         num_workers=workers,
-        collate_fn=_as_is,
+        collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
         persistent_workers=False,

@@ -131,8 +131,9 @@ def _parse_one(value: Any, part: Any, key: str) -> Any:
             return part(**made)
         except BadInput as error:
             raise BadInput(f"{key}: {error}") from None
+    annotation: Any = part
     try:
-        return TypeAdapter(part).validate_python(value)
+        return TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         raise BadInput(_plain(error, key, ())) from None
 

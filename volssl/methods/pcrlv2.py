@@ -116,7 +116,7 @@ class PCRLv2(AbstractMethod):
         self.crops, self.geometry, self.corruption = crops, geometry, corruption
         self.restoration, self.comparison = restoration, comparison
         self.global_vox, self.local_vox = out_vox
-        channels, norm = net.decoder.channels, net.arguments["norm"]
+        channels, norm = self.net.decoder.channels, self.net.arguments["norm"]
         self.comparison_heads = nn.ModuleList(ComparisonHead(c) for c in channels)
         self.mid_heads = nn.ModuleList(MidRestorationHead(c, kind=restoration.head, norm=norm) for c in channels)
         self.final_head = nn.Conv3d(channels[-1], 1, 1)

@@ -221,19 +221,19 @@ def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case]) -
         write_nifti(out / "validation" / f"{case.case_id}.nii.gz", predicted, image.grid, np.uint8)
         of_case = score_case(case.case_id, Volume(predicted[None], image.grid), reference, table.labels)
         scores += of_case
-        _draw(out / "pictures" / f"overlay_{number:04d}.png", image, predicted, reference, of_case, table.labels)
+        overlay = _overlay(image, Volume(predicted[None], image.grid), reference, of_case, table.labels)
+        overlay_png(out / "pictures" / f"overlay_{number:04d}.png", overlay, title=case.case_id)
     mean = write_scores(out / "validation", scores)["metrics"][MEAN]["dice"]["mean"]
     return Outcome(out, message=f"mean Dice {mean:.4f} over {len(held_out)} held-out cases and {len(table.labels)} labels")
 
 
-def _draw(path: Path, image: Volume, predicted: np.ndarray, reference: Volume, scores: list[Score], labels: dict[str, int]) -> None:
+def _overlay(image: Volume, predicted: Volume, reference: Volume, scores: list[Score], labels: dict[str, int]) -> Overlay:
     turned = image.reoriented("RAS")
-    overlay = Overlay(
+    return Overlay(
         image_XYZ=turned.array_CXYZ[0],
         reference_XYZ=reference.reoriented("RAS").array_CXYZ[0],
-        predicted_XYZ=Volume(predicted[None], image.grid).reoriented("RAS").array_CXYZ[0],
+        predicted_XYZ=predicted.reoriented("RAS").array_CXYZ[0],
         spacing_mm=turned.grid.spacing_mm,
         labels=labels,
         dice={score.label: score.value for score in scores},
     )
-    overlay_png(path, overlay, title=scores[0].case)

@@ -13,13 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import volssl
 from volssl.augment.intensity import zscore
-from volssl.files import BadInput, atomic, read_json, sha256, write_json
+from volssl.export.bundle import load_tensors, save_tensors
+from volssl.files import BadInput, read_json, sha256, write_json
 from volssl.nets.heads import SegmentationNet
 from volssl.prepare import resample
 from volssl.recipe import arguments, find
@@ -197,8 +196,7 @@ class Model:
 def write_model(run: Path, model: Model) -> None:
     """Write model.safetensors and, last, model.json; the folder then holds a whole model."""
     weights = run / "model.safetensors"
-    with atomic(weights) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.net.state_dict().items()}, temporary)
+    save_tensors(weights, model.net.state_dict())
     write_json(
         run / "model.json", {"schema": SCHEMA, "volssl_version": volssl.__version__, **asdict(model.plan), "sha256": sha256(weights)}
     )
@@ -221,7 +219,8 @@ def read_model(run: Path, device: torch.device | str = "cpu") -> Model:
     plan = Plan(**arguments(Plan, values, "model.json"))
     net = plan.network()
     try:
-        net.load_state_dict(load_file(weights), strict=True)
-    except (RuntimeError, SafetensorError) as error:
+        net.load_state_dict(load_tensors(weights), strict=True)
+    except RuntimeError as error:
         raise BadInput(f"{weights}: must fit the network of model.json; {error}") from None
-    return Model(plan, net.to(device=device, memory_format=torch.channels_last_3d).eval())
+    net.to(device=device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    return Model(plan, net.eval())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,17 +55,16 @@ class Card:
 def write(folder: Path, encoder: nn.Module, card: Card) -> Path:
     """Write a bundle into `folder` and prove that it loads. The card goes last, so a folder without one is no bundle."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in encoder.state_dict().items()}
+    state = encoder.state_dict()
     weights = folder / "encoder.safetensors"
     (folder / "card.json").unlink(missing_ok=True)
-    with atomic(weights) as temporary:
-        save_file(state, temporary)
+    save_tensors(weights, state)
     content = {"schema": SCHEMA, **dataclasses.asdict(card), "sha256": sha256(weights)}
     write_text(folder / "README.md", _model_card(content))
     write_json(folder / "card.json", content)
     loaded, _ = load_encoder(folder)
     for name, tensor in loaded.state_dict().items():
-        if not torch.equal(tensor, state[name]):
+        if not torch.equal(tensor, state[name].cpu()):
             raise AssertionError(f"bundle tensor {name} was not read back as written")
     return folder
 
@@ -93,10 +93,21 @@ def load_bundle(folder: Path | str) -> Bundle:
         raise BadInput(
             f"{weights}: must be the file its card was written for (sha256 {card.get('sha256')}); found another; export it again"
         )
+    return Bundle(load_tensors(weights), card)
+
+
+def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors by name as a safetensors file, atomically."""
+    with atomic(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file. Raises: BadInput: if it is none."""
     try:
-        return Bundle(load_file(weights), card)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{weights}: must be a safetensors file; {error}") from None
+        raise BadInput(f"{path}: must be a safetensors file; {error}") from None
 
 
 def load_encoder(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:

@@ -78,7 +78,8 @@ class Entry:
         values: dict[str, Any] = {one.name: row[one.name] for one in fields(cls)}
         values |= {key: tuple(map(int, values[key].split())) for key in integers}
         values |= {key: tuple(map(float, values[key].split())) for key in floats}
-        return cls(**values | {"channels": int(values["channels"])})
+        values["channels"] = int(values["channels"])
+        return cls(**values)
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Store:
             return self._arrays[scan_id]
         path = self.volume_path(scan_id)
         try:
-            array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
+            array: Any = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
         except (RuntimeError, OSError, ValueError) as error:
             raise BadInput(f"{path}: must be a stored volume; {type(error).__name__} while opening it; prepare it again") from None
         if array.ndim != 4 or array.dtype != np.int16:
@@ -214,7 +215,7 @@ def read_about(path: Path) -> About:
     if version != VERSION:
         raise BadInput(f"store {path}: must be of version {VERSION}; found {version!r}; prepare it again with this volssl")
     try:
-        lists = {key: tuple(values[key]) for key in ("spacing_mm", "window", "clip")}
-        return About(**values | lists)
+        made: dict[str, Any] = values | {key: tuple(values[key]) for key in ("spacing_mm", "window", "clip")}
+        return About(**made)
     except (KeyError, TypeError) as error:
         raise BadInput(f"{Path(path) / 'store.json'}: must be as prepare writes it; {error}") from None

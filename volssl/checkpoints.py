@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from volssl import processes
 from volssl.files import BadInput, atomic
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -44,10 +45,12 @@ class Checkpoints:
         return step % self.every_steps == 0 or time.monotonic() - self._last_time >= 60 * self.every_minutes
 
     def save(self, state: Mapping[str, Any], name: str = LAST) -> None:
-        """Write tensors and plain values as `name`."""
+        """Write tensors and plain values as `name`; of several processes the first writes."""
+        self._last_time = time.monotonic()
+        if processes.rank() > 0:
+            return
         with atomic(self._folder / name) as temporary:
             torch.save(dict(state), temporary)
-        self._last_time = time.monotonic()
 
     def load(self, name: str = LAST) -> dict[str, Any] | None:
         """Read a checkpoint back onto the CPU, or None if there is none. Raises: BadInput: if it cannot be read."""

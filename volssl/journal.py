@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import volssl
-from volssl.files import write_json
+from volssl.files import write_json, write_text
 
 
 class Journal:
@@ -27,17 +27,20 @@ class Journal:
 
     On resume, lines after the step resumed from are cut off, so that the file reads as if the run had never stopped.
 
-    Args: out: the run's folder. steps_done: 0 for a new run.
+    Args: out: the run's folder. steps_done: 0 for a new run. silent: write nothing, for all processes of a run but the first.
     """
 
-    def __init__(self, out: Path, *, steps_done: int = 0) -> None:
+    def __init__(self, out: Path, *, steps_done: int = 0, silent: bool = False) -> None:
+        self._silent = silent
+        if silent:
+            return
         # TensorBoard's writer is slow to import, and only a run needs it.
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._path = out / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= steps_done]
-        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._stream = open(self._path, "a", encoding="utf-8")
+        write_text(self._path, "".join(line + "\n" for line in kept))
+        self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
 
     def _lines(self) -> list[str]:
@@ -49,6 +52,8 @@ class Journal:
 
     def log(self, *, step: int, progress: float, **numbers: float) -> None:
         """Write the numbers of one step; names as in the contract (`loss/restore`, `lr`). A number that is not finite becomes null."""
+        if self._silent:
+            return
         row: dict[str, Any] = {"step": step, "progress": round(progress, 6)}
         row |= {name: round(value, 8) if math.isfinite(value) else None for name, value in numbers.items()}
         self._stream.write(json.dumps(row) + "\n")
@@ -60,8 +65,9 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stream.close()
-        self._board.close()
+        if not self._silent:
+            self._stream.close()
+            self._board.close()
 
 
 @dataclass

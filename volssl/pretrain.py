@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,14 @@ import torch
 from lightning.fabric import Fabric
 
 import volssl
+from volssl import processes
 from volssl import recipe as recipes
 from volssl.checkpoints import BEST, Checkpoints, StopSignal, check_finite
 from volssl.draws import Draws
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, claim_out, track
 from volssl.journal import Clock, Journal, write_environment
-from volssl.methods.method import AbstractMethod
+from volssl.methods.method import AbstractMethod, unchanged
 from volssl.patches import Patches, PatchPlan, PatchStream, Source, loader, to_unit
 from volssl.pictures import restoration_png
 from volssl.schedule import warmup_cosine
@@ -141,21 +141,26 @@ def run(
     method.check(made["patches"].box_vox, made["patches"].batch_size)
     training = made["training"]
     PatchStream(opened, made["patches"], source=Source(seed=training.seed), steps=1)
-    out = claim_out(Path(out), resume=resume, overwrite=overwrite)
-    _same_recipe(out, values, resume=resume)
-    fabric = Fabric(accelerator="auto", devices=1, precision=fabric_precision(training.precision))
+    fabric = _fabric(training.precision)
+    out = Path(out)
+    if processes.rank() == 0:
+        claim_out(out, resume=resume, overwrite=overwrite)
+        _same_recipe(out, values, resume=resume)
+    fabric.barrier()
     current = _start(fabric, method, made, opened, out)
     card = _card(made, values, opened, method)
-    _prove(method, card)
+    bundle.prove(method.encoder, card)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if resume and (state := checkpoints.load()) is not None:
         current.restore(state)
-    write_environment(out, device=fabric.device, precision=str(fabric._precision.precision), seed=training.seed)
-    with StopSignal() as stop, Journal(out, steps_done=current.steps_done) as journal:
+    if processes.rank() == 0:
+        write_environment(out, device=fabric.device, precision=str(fabric._precision.precision), seed=training.seed)
+    with StopSignal() as stop, Journal(out, steps_done=current.steps_done, silent=processes.rank() > 0) as journal:
         _train(current, made["saving"], checkpoints, journal, stop)
     if current.steps_done < training.steps:
         return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume")
-    bundle.write(out / "bundle", method.encoder, dataclasses.replace(card, steps=current.steps_done))
+    if processes.rank() == 0:
+        bundle.write(out / "bundle", method.encoder, dataclasses.replace(card, steps=current.steps_done))
     return Outcome(out, message=f"{training.steps} steps done; weights in bundle/")
 
 
@@ -186,6 +191,16 @@ def fabric_precision(asked: Precision) -> Any:
     return FABRIC_PRECISION[asked]
 
 
+def _fabric(precision: Precision) -> Fabric:
+    """One process, or what `torchrun` started: each with its own device. The module is not wrapped: the loop averages gradients itself,
+    since only some heads take part in a step."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    many: dict[str, Any] = {"devices": local, "num_nodes": world // local, "strategy": "ddp"} if world > 1 else {"devices": 1}
+    fabric = Fabric(accelerator="auto", precision=fabric_precision(precision), **many)
+    fabric.launch()
+    return fabric
+
+
 def _start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], store: Store, out: Path) -> Run:
     training: Training = made["training"]
     method.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
@@ -201,7 +216,7 @@ def _start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], store: 
 
 def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Journal, stop: StopSignal) -> None:
     """The training loop: views, then per turn backward and step, then what is due is written."""
-    training, method = current.training, current.method
+    training, method, fabric = current.training, current.method, current.fabric
     batches = iter(_stream(current, "patches", "train", training.steps * training.accumulate, current.steps_done * training.accumulate))
     clock = Clock()
     remaining = range(current.steps_done, training.steps)
@@ -219,11 +234,11 @@ def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Jour
         method.after_step(progress)
         current.steps_done = step + 1
         clock.samples += len(scans)
-        numbers = sums | {"lr": lr}
         if current.steps_done % saving.log_every == 0 or current.steps_done == training.steps:
+            numbers = {name: processes.mean(value, fabric.device) for name, value in sums.items()} | {"lr": lr}
             journal.log(step=current.steps_done, progress=current.steps_done / training.steps, **clock.read(), **numbers)
         _write_what_is_due(current, saving, checkpoints, journal, views[0])
-        if stop.asked:
+        if processes.mean(float(stop.asked), fabric.device) > 0:
             break
     checkpoints.save(current.state())
 
@@ -248,7 +263,9 @@ def _turns(current: Run, views: list[Any], progress: float, scans: list[str]) ->
 
 def _step(current: Run, party: str, lr: float, scans: list[str]) -> float:
     optimizer, clip = current.optimizers[party], current.training.clip
-    norm = float(current.fabric.clip_gradients(current.method, optimizer, max_norm=clip or float("inf"), error_if_nonfinite=False))
+    processes.average_gradients(current.method.parameters())
+    measured = current.fabric.clip_gradients(current.method, optimizer, max_norm=clip or float("inf"), error_if_nonfinite=False)
+    norm = float("nan") if measured is None else float(measured)
     # A gradient scaler skips a step whose gradients overflowed and lowers its scale; without one nothing may be swallowed.
     if scaler_of(current.fabric) is None:
         check_finite({f"gradient of {party}": torch.tensor(norm)}, step=current.steps_done, scans=scans)
@@ -260,13 +277,13 @@ def _step(current: Run, party: str, lr: float, scans: list[str]) -> float:
 
 
 def _stream(current: Run, stream: str, split: str, steps: int, first: int = 0) -> Any:
-    patches = PatchStream(current.store, current.plan, source=Source(split, current.training.seed, stream), steps=steps)
+    patches = PatchStream(current.store, current.plan, source=Source(split, current.training.seed, stream, processes.rank()), steps=steps)
     return loader(patches, first_step=first, pin=current.fabric.device.type == "cuda")
 
 
 def _views(current: Run, patches: Patches, index: int, stream: str = "") -> Any:
     x_BCXYZ = to_unit(patches.boxes_BCXYZ, current.store.window, current.fabric.device)
-    draws = Draws(current.training.seed, index, 0, len(x_BCXYZ), stream)
+    draws = Draws(current.training.seed, index, processes.rank() * len(x_BCXYZ), len(x_BCXYZ), stream)
     return current.method.views(x_BCXYZ, draws, spacing_mm=current.store.spacing_mm)
 
 
@@ -275,8 +292,9 @@ def _write_what_is_due(current: Run, saving: Saving, checkpoints: Checkpoints, j
     if step % saving.pictures_every == 0 or last:
         with current.fabric.autocast(), unchanged(current.method):
             columns = {name: x_BXYZ[:4].numpy() for name, x_BXYZ in current.method.pictures(views).items()}
-        picture = current.out / "pictures" / f"restoration_{step:07d}.png"
-        restoration_png(picture, columns, window=(0.0, 1.0), spacing_mm=current.store.spacing_mm)
+        if processes.rank() == 0:
+            picture = current.out / "pictures" / f"restoration_{step:07d}.png"
+            restoration_png(picture, columns, window=(0.0, 1.0), spacing_mm=current.store.spacing_mm)
     if (step % saving.validate_every == 0 or last) and any(row.split == "val" for row in current.store.rows):
         losses = _validate(current, saving.validation_batches)
         journal.log(
@@ -300,16 +318,7 @@ def _validate(current: Run, batches: int) -> dict[str, float]:
             for _, losses in current.method.turns(views, 0.0):
                 for name, value in losses.items():
                     sums[name] = sums.get(name, 0.0) + float(value) / batches
-    return sums
-
-
-@contextmanager
-def unchanged(module: torch.nn.Module) -> Iterator[None]:
-    """Put the buffers back as they were: a look at the network in training mode must not move its running statistics."""
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    yield
-    for name, buffer in module.named_buffers():
-        buffer.copy_(before[name])
+    return {name: processes.mean(value, current.fabric.device) for name, value in sums.items()}
 
 
 def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: AbstractMethod) -> bundle.Card:
@@ -334,9 +343,3 @@ def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: Ab
         volssl_version=volssl.__version__,
         citations=(method.citation,),
     )
-
-
-def _prove(method: AbstractMethod, card: bundle.Card) -> None:
-    """Write the bundle of the untrained encoder to a temporary folder and load it: a week's run must not end in weights nobody can load."""
-    with tempfile.TemporaryDirectory(prefix="volssl-") as folder:
-        bundle.write(Path(folder) / "bundle", method.encoder, card)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,12 @@ def write(folder: Path, encoder: nn.Module, card: Card) -> Path:
         if not torch.equal(tensor, state[name].cpu()):
             raise AssertionError(f"bundle tensor {name} was not read back as written")
     return folder
+
+
+def prove(encoder: nn.Module, card: Card) -> None:
+    """Write the bundle of an untrained encoder to a temporary folder and load it: a week's run must not end in weights nobody can load."""
+    with tempfile.TemporaryDirectory(prefix="volssl-") as folder:
+        write(Path(folder) / "bundle", encoder, card)
 
 
 def load_bundle(folder: Path | str) -> Bundle:

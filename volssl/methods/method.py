@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -53,3 +54,12 @@ class AbstractMethod(nn.Module, ABC):
 def middle(x_BCXYZ: Tensor) -> Tensor:
     """First channel of a batch as float32 on the CPU, for pictures."""
     return x_BCXYZ[:, 0].detach().to("cpu", torch.float32)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Put the buffers back as they were: a look at the network in training mode must not move its running statistics."""
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    yield
+    for name, buffer in module.named_buffers():
+        buffer.copy_(before[name])

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from volssl.processes import BatchNorm3d
+
 Norm = Literal["batch", "instance", "group"]
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
     """Normalisation layer by name; group normalisation takes 8 groups, or fewer where 8 does not divide the channels."""
     if norm == "batch":
-        return nn.BatchNorm3d(channels)
+        return BatchNorm3d(channels)
     if norm == "instance":
         return nn.InstanceNorm3d(channels, affine=True)
     groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)

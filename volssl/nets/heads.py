@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volssl.nets.blocks import Norm, make_norm
+from volssl.processes import BatchNorm1d
 
 RestorationHead = Literal["sigmoid", "conv"]
 
@@ -20,10 +21,10 @@ class ComparisonHead(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.projector = nn.BatchNorm1d(channels)
+        self.projector = BatchNorm1d(channels)
         self.predictor = nn.Sequential(
             nn.Linear(channels, 2 * channels),
-            nn.BatchNorm1d(2 * channels),
+            BatchNorm1d(2 * channels),
             nn.ReLU(inplace=True),
             nn.Linear(2 * channels, channels),
         )

@@ -136,8 +136,9 @@ class Store:
         """Write one volume with its entry inside, atomically; the same voxels give the same bytes. Raises: OSError."""
         assert array_CXYZ.dtype == np.int16, array_CXYZ.dtype
         assert array_CXYZ.shape == (entry.channels, *entry.shape_vox), (array_CXYZ.shape, entry)
-        packed = blosc2.asarray(
-            np.ascontiguousarray(array_CXYZ),
+        contiguous: Any = np.ascontiguousarray(array_CXYZ)
+        packed: Any = blosc2.asarray(
+            contiguous,
             chunks=CHUNKS,
             blocks=BLOCKS,
             # One thread, so that the bytes do not depend on the machine; the split of streams is fixed for the same reason.
@@ -192,7 +193,7 @@ class Store:
             return self._arrays[scan_id]
         path = self.volume_path(scan_id)
         try:
-            array: Any = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
+            array: Any = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
         except (RuntimeError, OSError, ValueError) as error:
             raise BadInput(f"{path}: must be a stored volume; {type(error).__name__} while opening it; prepare it again") from None
         if array.ndim != 4 or array.dtype != np.int16:

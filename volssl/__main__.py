@@ -139,15 +139,11 @@ def _option(kind: Any, help: str, *names: str, **settings: Any) -> Any:
 
 Out = _option(Path, "Folder to write; must be new or empty.")
 Recipe = _option(str, "A recipe file, or the name of a shipped recipe.")
-Workers = _option(int, "Processes that read; 0: one per core.", min=0)
+Workers = _option(int, "Processes that work beside this one; 0: none, this one does it all.", min=0)
 Resume = _option(bool, "Go on in --out where an earlier call stopped.", "--resume")
 Overwrite = _option(bool, "Replace what an earlier call left in --out.", "--overwrite")
-Labels = _option(
-    Any, "Share (0.1) or count (12) of the training cases to use.", parser=share_or_count, metavar="SHARE|COUNT"
-)
-Overrides = Annotated[
-    list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)
-]
+Labels = _option(Any, "Share (0.1) or count (12) of the training cases to use.", parser=share_or_count, metavar="SHARE|COUNT")
+Overrides = Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)]
 ENDINGS: dict[str, tuple[Any, Any]] = {"resume": (Resume, False), "overwrite": (Overwrite, False)}
 OVERRIDES: dict[str, tuple[Any, Any]] = {"overrides": (Overrides, ())}
 ASKED = inspect.Parameter.empty  # as a default: the user must give it
@@ -160,9 +156,7 @@ def _command(verb: str, help: str, options: Mapping[str, tuple[Any, Any]]) -> No
         raise typer.Exit(run_verb(verb, given))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in options.items()
-    ]
+    parameters = [inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in options.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {name: kind for name, (kind, _) in options.items()}
     app.command(verb, help=help)(command)
@@ -187,10 +181,7 @@ _command(
         "out": (Out, ASKED),
         "recipe": (Recipe, "prepare_ct"),
         "workers": (Workers, 0),
-        "scheduler": (
-            _option(str | None, "Address of a Dask cluster: tcp://HOST:PORT."),
-            None,
-        ),
+        "scheduler": (_option(str | None, "Address of a cluster; none is supported yet.", hidden=True), None),
         **ENDINGS,
         **OVERRIDES,
     },

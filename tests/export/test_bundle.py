@@ -51,7 +51,7 @@ def test_a_run_folder_is_accepted(written):
 
 
 def test_one_missing_one_extra_one_misshapen_are_all_listed(written):
-    net, folder = written
+    _, folder = written
     loaded = bundle.load_bundle(folder)
     names = list(loaded.state)
     missing = loaded.state.pop(names[0])

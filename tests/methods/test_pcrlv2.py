@@ -131,7 +131,7 @@ def test_target_is_the_clean_crop_and_input_is_not():
     )
     clean = views_of(plain)
     assert torch.equal(views.one.target, clean.one.target) and torch.equal(views.other.target, clean.other.target)
-    assert 0 <= float(views.one.target.min()) and float(views.one.target.max()) <= 1
+    assert float(views.one.target.min()) >= 0 and float(views.one.target.max()) <= 1
     difference = (views.one.seen - clean.one.seen).abs().mean()
     assert float(difference) > 0.1
     z = views.one.target

@@ -122,7 +122,7 @@ def _parse_one(value: Any, part: Any, key: str) -> Any:
         if not isinstance(value, Mapping) or "name" not in value:
             raise BadInput(f"{key}: must be a mapping with `name:`, one of {', '.join(on_shelf(part))}; found {value!r}")
         target = find(part, str(value["name"]))
-        return Part(str(value["name"]), target, arguments(target, {k: v for k, v in value.items() if k != "name"}, key))
+        return Part(str(value["name"]), target, arguments(target, _with_preset(target, value, key), key))
     if dataclasses.is_dataclass(part) and isinstance(part, type):
         if value is not None and not isinstance(value, Mapping):
             raise BadInput(f"{key}: must be a mapping; found {value!r}")
@@ -136,6 +136,23 @@ def _parse_one(value: Any, part: Any, key: str) -> Any:
         return TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         raise BadInput(_plain(error, key, ())) from None
+
+
+def _with_preset(target: Callable[..., Any], value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The arguments, laid over those of the preset that `preset:` names among the target's PRESETS."""
+    given = {k: v for k, v in value.items() if k != "name"}
+    presets = getattr(target, "PRESETS", {})
+    if not presets or "preset" not in given:
+        return given
+    name = given.pop("preset")
+    if name not in presets:
+        raise BadInput(f"{key}.preset: must be one of {', '.join(presets)}; found {name!r}")
+    return _laid_over(presets[name], given)
+
+
+def _laid_over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = {k: _laid_over(under[k], v) if isinstance(v, Mapping) and isinstance(under.get(k), Mapping) else v for k, v in over.items()}
+    return {**under, **both}
 
 
 def on_shelf(shelf: str) -> list[str]:

@@ -12,6 +12,7 @@ from volssl.files import BadInput
 from volssl.losses import siamese_distance
 from volssl.methods.pcrlv2 import Comparison, PCRLv2, Restoration
 from volssl.nets.unet import UNet
+from volssl.recipe import parse
 
 CROPS = PairCrops(global_sizes_vox=((16, 16, 16), (20, 20, 16)), locals=3, local_sizes_vox=((8, 8, 8), (4, 4, 4)))
 BOX = (28, 28, 24)
@@ -87,7 +88,7 @@ def test_no_gradient_passes_the_projections():
     siamese_distance(p, z, q, w).backward()
     assert z.grad is None and w.grad is None
     assert (p.grad.abs().sum(1) > 0).all() and (q.grad.abs().sum(1) > 0).all()
-    assert float(siamese_distance(p, q, q, p)) == pytest.approx(-1.0)
+    assert float(siamese_distance(p, q, q, p).detach()) == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize("poisoned", range(3))
@@ -175,3 +176,32 @@ def test_impossible_settings_are_refused_together():
 def test_official_head_counts():
     made = PCRLv2(UNet())
     assert sum(p.numel() for p in made.parameters()) == 17_111_434
+
+
+def test_presets_set_what_code_and_paper_differ_in_and_the_recipe_wins():
+    values = {"method": {"name": "pcrlv2", "preset": "paper", "restoration": {"fade": True}}}
+    made = parse(values, {"method": "methods"}, "mine")["method"].build(UNet(width=4, depth=3))
+    assert made.restoration == Restoration(views="both", head="conv", final=False, fade=True)
+    assert made.comparison == Comparison(reduction="sum", scales="shared") and made.crops.tissue.rule == "none"
+    official = parse({"method": {"name": "pcrlv2", "preset": "official"}}, {"method": "methods"}, "mine")["method"].build(UNet(width=4))
+    assert official.restoration == Restoration() and official.crops.tissue.rule == "body"
+    with pytest.raises(BadInput, match=r"preset: must be one of official, paper; found 'papre'"):
+        parse({"method": {"name": "pcrlv2", "preset": "papre"}}, {"method": "methods"}, "mine")
+
+
+def test_paper_terms():
+    made = method(restoration=Restoration("both", "conv", final=False, fade=False), comparison=Comparison(reduction="sum", scales="shared"))
+    views = views_of(made)
+    assert set(views.local_scales) == {views.scale}
+    losses = loss_of(made, views)
+    assert set(losses) == {"restore_mid", "compare_globals", "compare_locals"}
+    again = method(restoration=Restoration("both", "conv", final=False, fade=False), comparison=Comparison(scales="shared"))
+    with torch.no_grad():
+        maps = [again.net(v.seen) for v in (views.one, views.other)]
+        squares = [
+            ((again.mid_heads[views.scale](m[views.scale], (16, 16, 16)) - v.target) ** 2).mean()
+            for m, v in zip(maps, (views.one, views.other), strict=True)
+        ]
+        torch.testing.assert_close(losses["restore_mid"], squares[0] + squares[1], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(losses["compare_locals"], 6 * loss_of(again, views)["compare_locals"], atol=1e-5, rtol=1e-4)
+    assert "restored" in made.pictures(views)

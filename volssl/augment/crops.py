@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from volssl.augment.spatial import Box
 from volssl.draws import Draws, generator
 from volssl.files import BadInput
 
 Size = tuple[int, int, int]
+BLOCK = 4  # voxels along each side of the blocks in which body is counted
 ATTEMPTS = 200  # rounds of 64 candidates; a pair at the reference's settings needs about 25 candidates
 
 
 @dataclass(frozen=True)
+class Tissue:
+    """Which global crops are thrown away and drawn again.
+
+    Attributes:
+        rule: "none"; "air": at most `limit` of a crop may be air; "body": at most `limit` of it may be body, the rule of PCRLv2 and Models
+            Genesis, which keeps lung and drops soft tissue. level: body is above it, on the [0, 1] scale (0.425 is -150 HU there).
+        relative_to: "crop", or "output": the reference counts body voxels of the resampled crop and compares them with a share of the
+            voxels of the drawn crop, so that larger crops may hold more ("see more").
+        attempts: draws per sample; the best is then taken, where the reference went on for ever.
+    """
+
+    rule: Literal["none", "air", "body"] = "none"
+    limit: float = 0.15
+    level: float = 0.425
+    relative_to: Literal["crop", "output"] = "crop"
+    attempts: int = 50
+
+
+@dataclass(frozen=True)
 class PairCrops:
-    """Two global boxes whose intersection over union exceeds a minimum, and sub-crops strictly inside the smallest box around both.
+    """Two global boxes whose intersection over union exceeds a minimum, and sub-crops.
 
     Attributes:
         global_sizes_vox: sizes a global box may have, drawn uniformly and independently; pairs of sizes that cannot reach the overlap are
-            left out. min_overlap: strict lower bound of the intersection over union. locals: number of sub-crops. local_sizes_vox:
-            theirs; cut to the surrounding box where larger.
-    Source: PCRLv2, section 1.3 and 1.5 of its description, with the sub-crops held inside as the paper says.
+            left out. min_overlap: strict lower bound of the intersection over union.
+        locals: number of sub-crops. local_sizes_vox: theirs; cut to the region where larger.
+        local_region: "inside": strictly inside the smallest box around both globals, as the paper says; "corner": only their first corner
+            lies there, within 3 voxels, as in the reference code; "anywhere" in the parent: plain multi-crop.
+        tissue: see there.
+    Source: PCRLv2, sections 1.3 to 1.5 of its description.
     """
 
     global_sizes_vox: tuple[Size, ...] = ((96, 96, 64), (96, 96, 96), (112, 112, 64), (64, 64, 32))
     min_overlap: float = 0.3
     locals: int = 6
     local_sizes_vox: tuple[Size, ...] = ((32, 32, 16), (16, 16, 16), (32, 32, 32), (8, 8, 8))
+    local_region: Literal["inside", "corner", "anywhere"] = "inside"
+    tissue: Tissue = Tissue()
 
     def check(self, parent_vox: Size) -> None:
         """Raises: BadInput: if a size does not fit into the parent box, or no pair of sizes can reach the overlap."""
@@ -47,18 +75,48 @@ class PairCrops:
         sizes = self.global_sizes_vox
         return [(a, b) for a in sizes for b in sizes if _best_overlap(a, b) > self.min_overlap]
 
-    def sample(self, draws: Draws, parent_vox: Size) -> tuple[Box, Box, list[Box]]:
-        """Draw the two global boxes and the sub-crops of every sample."""
+    def sample(self, draws: Draws, x_BCXYZ: Tensor, out_vox: Size) -> tuple[Box, Box, list[Box]]:
+        """Draw the two global boxes and the sub-crops of every sample from the parents x (B, C, X, Y, Z); out_vox: see `Tissue`."""
+        parent_3 = np.array(x_BCXYZ.shape[2:])
+        body_BXYZ = self._body(x_BCXYZ)
         pair_B223, locals_BL23 = [], []
         for b in range(draws.batch_size):
             source = generator(draws.seed, draws.stream, draws.step, draws.first_sample + b)
-            pair_223 = self._pair(source, np.array(parent_vox))
+            pair_223 = self._pair_of_tissue(source, parent_3, body_BXYZ[b], int(np.prod(out_vox)))
             pair_B223.append(pair_223)
-            locals_BL23.append([self._local(source, pair_223) for _ in range(self.locals)])
+            locals_BL23.append([self._local(source, pair_223, parent_3) for _ in range(self.locals)])
         pair = torch.from_numpy(np.array(pair_B223, dtype=np.float32))
         local = torch.from_numpy(np.array(locals_BL23, dtype=np.float32))
         boxes = [Box(local[:, i, 0], local[:, i, 1]) for i in range(self.locals)]
         return Box(pair[:, 0, 0], pair[:, 0, 1]), Box(pair[:, 1, 0], pair[:, 1, 1]), boxes
+
+    def _body(self, x_BCXYZ: Tensor) -> list[np.ndarray | None]:
+        # Share of body in blocks of 4 voxels: fine enough for a share of a crop, and small enough to bring to the host.
+        if self.tissue.rule == "none":
+            return [None] * len(x_BCXYZ)
+        body = (x_BCXYZ[:, :1] >= self.tissue.level).float()
+        return list(F.avg_pool3d(body, BLOCK, ceil_mode=True, count_include_pad=False)[:, 0].cpu().numpy())
+
+    def _pair_of_tissue(
+        self, source: np.random.Generator, parent_3: np.ndarray, body_XYZ: np.ndarray | None, out_voxels: int
+    ) -> np.ndarray:
+        if body_XYZ is None:
+            return self._pair(source, parent_3)
+        least, best = np.inf, np.empty(0)
+        for _ in range(self.tissue.attempts):
+            pair_223 = self._pair(source, parent_3)
+            excess = max(self._excess(body_XYZ, start, size, out_voxels) for start, size in pair_223)
+            if excess < least:
+                least, best = excess, pair_223
+            if excess <= 0:
+                break
+        return best
+
+    def _excess(self, body_XYZ: np.ndarray, start_3: np.ndarray, size_3: np.ndarray, out_voxels: int) -> float:
+        inside = tuple(slice(s // BLOCK, -(-(s + n) // BLOCK)) for s, n in zip(start_3, size_3, strict=True))
+        share = float(body_XYZ[inside].mean())
+        limit = self.tissue.limit * (np.prod(size_3) / out_voxels if self.tissue.relative_to == "output" else 1.0)
+        return (1 - share if self.tissue.rule == "air" else share) - limit
 
     def _pair(self, source: np.random.Generator, parent_3: np.ndarray) -> np.ndarray:
         # Candidates are drawn 64 at a time; the first that overlaps enough is taken, sizes included in the rejection as in the reference.
@@ -75,11 +133,16 @@ class PairCrops:
             f"{tuple(parent_3.tolist())} voxels; lower min_overlap or make patches.box_vox smaller"
         )
 
-    def _local(self, source: np.random.Generator, pair_223: np.ndarray) -> np.ndarray:
-        low_3 = pair_223[:, 0].min(0)
-        room_3 = (pair_223[:, 0] + pair_223[:, 1]).max(0) - low_3
-        size_3 = np.minimum(self.local_sizes_vox[source.integers(len(self.local_sizes_vox))], room_3)
-        return np.stack([low_3 + source.integers(room_3 - size_3 + 1), size_3])
+    def _local(self, source: np.random.Generator, pair_223: np.ndarray, parent_3: np.ndarray) -> np.ndarray:
+        low_3, high_3 = pair_223[:, 0].min(0), (pair_223[:, 0] + pair_223[:, 1]).max(0)
+        if self.local_region == "anywhere":
+            low_3, high_3 = np.zeros_like(low_3), parent_3
+        size_3 = np.minimum(self.local_sizes_vox[source.integers(len(self.local_sizes_vox))], high_3 - low_3)
+        if self.local_region == "corner":
+            # What sticks out of the parent is filled as air, where the reference cut it off and stretched the rest.
+            first_3, last_3 = np.maximum(low_3 - 3, 0), np.minimum(high_3 + 3, parent_3)
+            return np.stack([source.integers(first_3, last_3), size_3])
+        return np.stack([low_3 + source.integers(high_3 - low_3 - size_3 + 1), size_3])
 
 
 def overlap(start_N3: np.ndarray, size_N3: np.ndarray, other_start_N3: np.ndarray, other_size_N3: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 Source: Zhou, Lu, Chen, Yang, Yu, "A Unified Visual Information Preservation Framework for Self-supervised Pre-training in Medical Image
 Analysis", TPAMI 2023 (arXiv 2301.00772). This is the 3D method of the authors' code with its data faults mended: sub-crops lie inside the
-box of the two globals, the tissue rule is the patch stream's, and the fading of the mid-scale restoration is tied to the run's length.
+box of the two globals, the tissue rule is capped and looks at each view's own size, and the fading of the mid-scale restoration is tied to
+the run's length. The presets `official` and `paper` set what differs between code and paper (section 3 of the specification).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,21 +46,29 @@ class Corruption:
 class Restoration:
     """Which views are restored and how.
 
-    Attributes: views: "first" (the reference code), "both" (the paper) or "none". head: see `MidRestorationHead`. fade: the mid-scale
-        term fades out over the run by (1 + cos(pi progress)) / 2.
+    Attributes: views: "first" (the reference code), "both" (the paper) or "none". head: see `MidRestorationHead`. final: restore at full
+        resolution at every step, besides the drawn scale. fade: the mid-scale term fades by (1 + cos(pi progress)) / 2.
     """
 
     views: Literal["first", "both", "none"] = "first"
     head: RestorationHead = "sigmoid"
+    final: bool = True
     fade: bool = True
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Weights of the Siamese terms: of the two globals, and of the mean over all pairs of a global and a sub-crop; 0 leaves one out."""
+    """Siamese terms.
+
+    Attributes: globals: weight of the term of the two globals; locals: of all pairs of a global and a sub-crop; 0 leaves one out.
+        reduction: "mean" (the reference code) or "sum" (the paper) over those pairs. scales: "each" pair draws its own decoder scale
+        (the reference code), or one scale is "shared" by all terms of a step (the paper).
+    """
 
     globals: float = 1.0
     locals: float = 1.0
+    reduction: Literal["mean", "sum"] = "mean"
+    scales: Literal["each", "shared"] = "each"
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,14 @@ class PCRLv2(AbstractMethod):
         "TPAMI 2023"
     )
     normalisation = "zscore"
+    # Named sets of arguments; a recipe's own keys are laid over them.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "official": {"crops": {"tissue": {"rule": "body", "limit": 0.15, "relative_to": "output"}}},
+        "paper": {
+            "restoration": {"views": "both", "head": "conv", "final": False, "fade": False},
+            "comparison": {"reduction": "sum", "scales": "shared"},
+        },
+    }
 
     def __init__(
         self,
@@ -119,7 +136,8 @@ class PCRLv2(AbstractMethod):
         channels, norm = self.net.decoder.channels, self.net.arguments["norm"]
         self.comparison_heads = nn.ModuleList(ComparisonHead(c) for c in channels)
         self.mid_heads = nn.ModuleList(MidRestorationHead(c, kind=restoration.head, norm=norm) for c in channels)
-        self.final_head = nn.Conv3d(channels[-1], 1, 1)
+        # Without a full-resolution term the head would never learn, so it is not there.
+        self.final_head = nn.Conv3d(channels[-1], 1, 1) if restoration.final else None
 
     @property
     def encoder(self) -> nn.Module:
@@ -147,8 +165,7 @@ class PCRLv2(AbstractMethod):
 
     def views(self, x_BCXYZ: Tensor, draws: Draws, *, spacing_mm: tuple[float, float, float]) -> Views:
         """Two corrupted globals with their clean targets, and the sub-crops."""
-        parent = (x_BCXYZ.shape[2], x_BCXYZ.shape[3], x_BCXYZ.shape[4])
-        boxes = self.crops.sample(draws.fork("boxes"), parent)
+        boxes = self.crops.sample(draws.fork("boxes"), x_BCXYZ, self.global_vox)
         seen = []
         for name, box in zip(("one", "other"), boxes[:2], strict=True):
             stream = draws.fork(name)
@@ -161,6 +178,8 @@ class PCRLv2(AbstractMethod):
             locals_.append(self._corrupt(crop, stream, swap=False))
         # The scales are drawn from the step alone: all samples, and all processes, share them.
         scales = generator(draws.seed, "scales", draws.step).integers(len(self.comparison_heads), size=1 + 2 * len(locals_))
+        if self.comparison.scales == "shared":
+            scales[:] = scales[0]
         local_views = torch.cat(locals_) if locals_ else x_BCXYZ.new_empty(0)
         return Views(seen[0], seen[1], local_views, (*boxes[:2], *boxes[2]), int(scales[0]), tuple(scales[1:].tolist()))
 
@@ -181,13 +200,16 @@ class PCRLv2(AbstractMethod):
         if sides:
             fade = cosine(progress) if self.restoration.fade else 1.0
             targets = [(views.one, views.other)[side].target.float() for side in sides]
-            final = [F.mse_loss(self._restored(maps[side]), target) for side, target in zip(sides, targets, strict=True)]
+            if self.restoration.final:
+                final = [F.mse_loss(self._restored(maps[side]), target) for side, target in zip(sides, targets, strict=True)]
+                losses["restore"] = torch.stack(final).sum()
             mid = [F.mse_loss(self._mid(maps[side], views.scale), target) for side, target in zip(sides, targets, strict=True)]
-            losses |= {"restore": torch.stack(final).sum(), "restore_mid": fade * torch.stack(mid).sum()}
+            losses["restore_mid"] = fade * torch.stack(mid).sum()
         losses |= self._comparisons(maps, views)
         yield "all", losses
 
     def _restored(self, maps: list[Tensor]) -> Tensor:
+        assert self.final_head is not None, "restoration.final is off"
         return torch.sigmoid(self.final_head(maps[-1]).float())
 
     def _mid(self, maps: list[Tensor], scale: int) -> Tensor:
@@ -214,7 +236,8 @@ class PCRLv2(AbstractMethod):
                 (z, p), of_locals = embed(pair % 2, scale), embed(2, scale)
                 w, q = (t.view(number, batch, -1)[pair // 2] for t in of_locals)
                 distances.append(siamese_distance(p, z, q, w))
-            losses["compare_locals"] = self.comparison.locals * torch.stack(distances).mean()
+            stacked = torch.stack(distances)
+            losses["compare_locals"] = self.comparison.locals * (stacked.mean() if self.comparison.reduction == "mean" else stacked.sum())
         return losses
 
     @torch.no_grad()
@@ -224,5 +247,7 @@ class PCRLv2(AbstractMethod):
         low, high = seen.amin((1, 2, 3), keepdim=True), seen.amax((1, 2, 3), keepdim=True)
         columns = {"input": (seen - low) / (high - low).clamp(min=1e-6), "target": middle(views.one.target)}
         if self.restoration.views != "none":
-            columns["restored"] = middle(self._restored(self.net(views.one.seen)))
+            maps = self.net(views.one.seen)
+            restored = self._restored(maps) if self.restoration.final else self._mid(maps, len(maps) - 1)
+            columns["restored"] = middle(restored)
         return columns

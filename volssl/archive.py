@@ -129,6 +129,8 @@ def read(found: Found) -> Volume:
 
 def read_files(files: Sequence[Path]) -> Volume:
     """Read the files of one DICOM series, or one image file, afresh. Raises: Unreadable: with a `code`."""
+    if gone := [path for path in files if not path.exists()]:
+        raise Unreadable("missing", f"{gone[0]}: must exist; found nothing there")
     if len(files) == 1 and _suffix(files[0]) in NIFTI + ITK:
         volume = _read_file(files[0])
     else:

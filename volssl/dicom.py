@@ -6,6 +6,7 @@ upright box. So the affine comes from our own reading of the positions, and Simp
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,9 @@ KEYWORDS = """
     PatientID StudyInstanceUID SeriesInstanceUID SOPInstanceUID Modality BodyPartExamined ImageType Rows Columns
     SamplesPerPixel PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored PixelRepresentation RescaleSlope
     RescaleIntercept RescaleType PixelSpacing ImagePositionPatient ImageOrientationPatient PixelData"""
+
+# pydicom quotes header values when it finds them odd: patients' data, which no log may hold.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 
 class Unreadable(BadInput):
@@ -91,7 +95,7 @@ def header(path: Path) -> Slice:
     """Read the header of one DICOM file; pixels are measured, not read. Raises: Unreadable."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom warns with values from the header: patients' data
+            warnings.simplefilter("ignore")  # these quote header values as well
             data = pydicom.dcmread(path, defer_size=1024, specific_tags=list(KEYWORDS.split()))
             return _slice(path, data)
     except PermissionError:

@@ -265,7 +265,7 @@ def _triple(values: np.ndarray) -> tuple[int, int, int]:
 
 def _find_body(volume: Volume, body: Body) -> tuple[float, tuple[int, int, int], tuple[int, int, int]] | None:
     array_XYZ = volume.array_CXYZ[0]
-    stride = tuple(max(1, int(COARSE_MM / mm)) for mm in volume.grid.spacing_mm)
+    stride = tuple(max(1, int(COARSE_MM / mm + 1e-3)) for mm in volume.grid.spacing_mm)
     threshold = body.threshold
     if threshold is None:
         low, high = np.percentile(array_XYZ[tuple(slice(None, None, n) for n in stride)], (0.5, 99.5))
@@ -298,7 +298,7 @@ def body_box(
 def _with_margin(
     grid: Grid, start: Sequence[int], stop: Sequence[int], margin_mm: float
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    margin = np.ceil(margin_mm / np.array(grid.spacing_mm)).astype(int)
+    margin = np.ceil(margin_mm / np.array(grid.spacing_mm) - 1e-3).astype(int)
     return _triple(np.maximum(0, np.array(start) - margin)), _triple(np.minimum(grid.shape_vox, np.array(stop) + margin))
 
 

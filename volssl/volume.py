@@ -70,7 +70,8 @@ class Grid:
         old, new = np.array(self.spacing_mm), np.array(spacing_mm, dtype=np.float64)
         if new.shape != (3,) or not (new > 0).all():
             raise ValueError(f"Grid.resampled: spacing_mm must be three numbers > 0; found {spacing_mm}")
-        shape = np.maximum(1, np.floor(np.array(self.shape_vox) * old / new + 0.5)).astype(int)
+        # An exact half rounds up, also when the spacing came from a file with float32 or decimal strings.
+        shape = np.maximum(1, np.floor(np.array(self.shape_vox) * old / new + 0.501)).astype(int)
         affine = self.affine.copy()
         affine[:3, :3] *= new / old
         centre = self.world(np.array([(np.array(self.shape_vox) - 1) / 2]))[0]

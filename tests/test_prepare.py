@@ -279,7 +279,7 @@ def test_full_disk_by_a_write_that_fails(tmp_path, made_index, monkeypatch):
 @pytest.mark.slow
 def test_workers_give_the_same_store(tmp_path, made_index):
     for workers in (0, 2):
-        prepare.run(made_index, out=tmp_path / f"by{workers}", pool=prepare.Pool(workers), overrides=SMALL)
+        prepare.run(made_index, out=tmp_path / f"by{workers}", workers=workers, overrides=SMALL)
     assert tree(tmp_path / "by0") == tree(tmp_path / "by2")
 
 
@@ -291,7 +291,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(tmp_path, made_
     code = (
         "import sys; from pathlib import Path; from volssl import prepare\n"
         "if __name__ == '__main__':\n"
-        f"    prepare.run(Path(sys.argv[1]), out=Path(sys.argv[2]), overrides={SMALL!r}, resume=True, pool=prepare.Pool({workers}))\n"
+        f"    prepare.run(Path(sys.argv[1]), out=Path(sys.argv[2]), overrides={SMALL!r}, resume=True, workers={workers})\n"
     )
     (tmp_path / "go.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(Path(prepare.__file__).parents[1])}

@@ -70,26 +70,12 @@ class Settings:
             raise BadInput(f"intensity.window: must rise; found {self.intensity.window}")
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Who does the work: so many spawned processes here (0: this process), or a cluster."""
-
-    workers: int = 0
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise BadInput(f"--workers must be >= 0; found {self.workers}")
-        if self.scheduler is not None:
-            raise BadInput("--scheduler: clusters are not supported yet; use --workers")
-
-
 def run(
     index: Path,
     *,
     out: Path,
     recipe: str | Path = "prepare_ct",
-    pool: Pool = Pool(),
+    workers: int = 0,
     resume: bool = False,
     overwrite: bool = False,
     overrides: Sequence[str] = (),
@@ -97,7 +83,7 @@ def run(
     """Prepare all accepted scans of `index` into a store.
 
     Args: index: from `volssl index`. recipe: a file or a shipped name, with `overrides` "key=value".
-        resume: keep what is there and do what is missing.
+        workers: spawned processes; 0 works in this one. resume: keep what is there and do what is missing.
     Returns: `failed` counts the scans in failures.csv.
     Raises: BadInput: no such index, a faulty recipe, `out` in use or begun with another recipe, nothing to prepare, disk full.
     """
@@ -114,7 +100,7 @@ def run(
     try:
         store = Store.create(out, about)
         _sweep(out)
-        entries, failures = _prepare_all(store, settings, rows, paths, pool.workers)
+        entries, failures = _prepare_all(store, settings, rows, paths, workers)
         write_csv(out / "failures.csv", [{"scan_id": key, "reason": failures[key]} for key in sorted(failures)], FAILURES)
         if not entries:
             reasons = ", ".join(sorted(set(failures.values())))

@@ -1,12 +1,14 @@
 """Checkpoints: whole after a failed write, plain data only; signals; losses that are not finite."""
 
+import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from volssl.checkpoints import BEST, Checkpoints, NotFinite, StopSignal, check_finite
+from volssl.checkpoints import BEST, LAST, Checkpoints, NotFinite, StopSignal, check_finite
 from volssl.files import BadInput
 
 
@@ -20,19 +22,20 @@ def test_round_trip_and_due(tmp_path):
     assert Checkpoints(tmp_path, every_steps=10, every_minutes=0).due(21)
 
 
-def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_as_such_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, every_steps=10, every_minutes=60)
     checkpoints.save({"steps_done": 1})
 
-    def full(state, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def half(path: Path, data: object) -> int:
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save({"steps_done": 2})
     assert checkpoints.load() == {"steps_done": 1}
-    assert os.listdir(tmp_path / "checkpoints") == ["last.ckpt"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [LAST]
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import signal
@@ -49,8 +50,11 @@ class Checkpoints:
         self._last_time = time.monotonic()
         if processes.rank() > 0:
             return
+        # By way of memory: torch answers a full disk with an unclear RuntimeError, the plain write with the system's own word.
+        packed = io.BytesIO()
+        torch.save(dict(state), packed)
         with atomic(self._folder / name) as temporary:
-            torch.save(dict(state), temporary)
+            temporary.write_bytes(packed.getbuffer())
 
     def load(self, name: str = LAST) -> dict[str, Any] | None:
         """Read a checkpoint back onto the CPU, or None if there is none. Raises: BadInput: if it cannot be read."""

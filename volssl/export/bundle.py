@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from volssl.files import BadInput, atomic, read_json, sha256, write_json, write_text
@@ -105,8 +105,10 @@ def load_bundle(folder: Path | str) -> Bundle:
 
 def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write tensors by name as a safetensors file, atomically."""
+    # By way of memory: the plain write answers a full disk with the system's own word.
+    packed = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
     with atomic(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, temporary)
+        temporary.write_bytes(packed)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

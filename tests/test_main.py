@@ -125,16 +125,16 @@ def verb(monkeypatch):
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "volssl report: a/b: Permission denied\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "a/b"),
-            "volssl report: a/b: No space left on device; free some space or choose another --out, then run it again\n",
+            "volssl report: --out o: No space left on device; make room or choose another, then run it again\n",
         ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_2(verb, capsys, error, line):
-    def fail():
+    def fail(out):
         raise error
 
     verb(fail)
-    assert run_verb("report", {}) == 2
+    assert run_verb("report", {"out": "o"}) == 2
     assert capsys.readouterr().err == line
 
 
@@ -196,7 +196,7 @@ def test_a_full_disk_as_the_system_tells_it(verb, capsys):
 
     verb(fail)
     assert run_verb("prepare", {}) == 2
-    assert "No space left on device; free some space" in capsys.readouterr().err
+    assert "No space left on device; make room" in capsys.readouterr().err
 
 
 def test_options_reach_the_function_with_their_types(verb):

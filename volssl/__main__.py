@@ -82,7 +82,7 @@ def run_verb(verb: str, options: Mapping[str, Any]) -> int:
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
-        return _complain(verb, f"{_message(error)}; free some space or choose another --out, then run it again")
+        return _complain(verb, f"--out {options.get('out')}: {error.strerror}; make room or choose another, then run it again")
     except KeyboardInterrupt:
         _complain(verb, "interrupted")
         return INTERRUPTED

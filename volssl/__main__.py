@@ -181,7 +181,6 @@ _command(
         "out": (Out, ASKED),
         "recipe": (Recipe, "prepare_ct"),
         "workers": (Workers, 0),
-        "scheduler": (_option(str | None, "Address of a cluster; none is supported yet.", hidden=True), None),
         **ENDINGS,
         **OVERRIDES,
     },

@@ -69,7 +69,7 @@ def draw_patient(seed: int, patient: int) -> Patient:
     size = rng.uniform(0.88, 1.1)
     scale = tuple(float(v) for v in size * rng.uniform(0.95, 1.05, 3))
     organs = _draw_organs(rng)
-    lesion_count = int(rng.choice(5, p=(0.14, 0.24, 0.26, 0.2, 0.16)))
+    lesion_count = int(rng.choice(5, p=(0.08, 0.22, 0.28, 0.24, 0.18)))
     return Patient(
         scale=scale,  # pyright: ignore[reportArgumentType]
         shift_mm=(float(rng.normal(0, 6)), float(rng.normal(0, 4)), float(rng.normal(0, 5))),
@@ -78,7 +78,7 @@ def draw_patient(seed: int, patient: int) -> Patient:
         belly=float(rng.uniform(0.0, 0.16)),
         hu=_draw_hu(rng),
         organs=organs,
-        lesions=_draw_inside(rng, organs, count=lesion_count, radius_mm=(7.0, 24.0), where="liver"),
+        lesions=_draw_inside(rng, organs, count=lesion_count, radius_mm=(11.0, 30.0), where="liver"),
         nodules=_draw_inside(rng, organs, count=int(rng.integers(0, 4)), radius_mm=(3.5, 9.0), where="lungs"),
         bowel=_draw_bowel(rng),
         vessels_N4=_draw_vessels(rng),
@@ -104,7 +104,7 @@ def _draw_hu(rng: np.random.Generator) -> dict[str, float]:
     liver = rng.uniform(52, 66) + 48 * contrast
     return {
         "liver": liver,
-        "lesion": liver - rng.uniform(36, 52),
+        "lesion": rng.uniform(8, 26),
         "liver_vessels": (40 if contrast == 0 else liver + 32) + rng.uniform(-3, 3),
         "spleen": rng.uniform(44, 54) + 62 * contrast,
         "cortex": rng.uniform(30, 38) + 135 * contrast,

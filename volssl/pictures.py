@@ -1,4 +1,4 @@
-"""Pictures of volumes for a radiologist's eye: three planes, true proportions, contours.
+"""Pictures: volumes in three planes, true proportions and contours, for a radiologist's eye; and the curves of a run.
 
 Display is radiological: the patient's right is on the viewer's left; anterior is up in the axial plane, superior in the
 others. Arrays are RAS+: index X grows to the patient's right, Y to the front, Z to the head. matplotlib is imported
@@ -7,6 +7,7 @@ only when a picture is drawn.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +22,20 @@ if TYPE_CHECKING:
 
 PLANES = ("axial", "coronal", "sagittal")
 PLANE_AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
-EDGES = {
-    "axial": ("R", "L"),
-    "coronal": ("R", "L"),
-    "sagittal": ("A", "P"),
-}  # letters at the left and right edge of each plane
+# Letters at the left and right edge of each plane.
+EDGES = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}
 COLOURS = ("#ffb000", "#35c9ff", "#ff5fa2", "#7dff6b", "#c79bff", "#ff7847", "#fff36b", "#4dffd2")
 DARK = "#101214"
 DPI = 110
 WIDTH_INCH = 11.0
+
+CURVE_NAMES = {
+    "lr": "learning rate",
+    "samples_per_second": "samples per second",
+    "data_wait_share": "share of time waiting for data",
+}
+INK, LINE, PALE, VALIDATION = "#3c4550", "#1f5fa8", "#a9c4e4", "#c8501e"
+POINTS = 600  # a longer series is drawn as means over as many equal stretches
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,28 @@ def window_of(image_XYZ: np.ndarray, tissue_XYZ: np.ndarray) -> tuple[float, flo
     return low, max(high, low + 1e-6)
 
 
+def curves_svg(metrics: Sequence[Mapping[str, Any]]) -> bytes:
+    """Small multiples of all series of metrics.jsonl over the steps, as an SVG; empty without at least two rows."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = dict.fromkeys(key for row in metrics for key in row)
+    groups = [n for prefix in ("loss/", "val/", "health/", "grad_norm/") for n in names if n.startswith(prefix)]
+    keys = [key for key in groups if not (key.startswith("val/") and f"loss/{key[4:]}" in names)]
+    keys += [key for key in CURVE_NAMES if key in names]
+    if len(metrics) < 2 or not keys:
+        return b""
+    rows = -(-len(keys) // 3)
+    with rc_context({"svg.hashsalt": "volssl", "font.size": 8.5, "svg.fonttype": "path"}):
+        figure = Figure(figsize=(10.4, 2.05 * rows), layout="constrained")
+        for place, key in enumerate(keys):
+            panel = figure.add_subplot(rows, 3, place + 1)
+            _curve(panel, metrics, key)
+        image = io.BytesIO()
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    return image.getvalue()
+
+
 def _three_planes(case: Overlay) -> tuple[Figure, list[Any]]:
     # One scale in mm for all three planes, so that a structure has one size in each.
     from matplotlib.figure import Figure
@@ -200,3 +228,33 @@ def _legend(figure: Figure, case: Overlay) -> None:
 def _save(figure: Figure, path: Path) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", facecolor=figure.get_facecolor())
+
+
+def _curve(panel: Any, metrics: Sequence[Mapping[str, Any]], key: str) -> None:
+    steps, values = _series(metrics, key)
+    panel.plot(steps, values, color=LINE, linewidth=1.3)
+    panel.set_title(CURVE_NAMES.get(key, key), loc="left", color=INK, fontsize=9)
+    held_out = f"val/{key[5:]}"
+    steps, values = _series(metrics, held_out) if key.startswith("loss/") else ([], [])
+    if values:
+        marker = "o" if len(values) < 30 else None
+        panel.plot(steps, values, color=VALIDATION, linewidth=1.1, marker=marker, markersize=3, label="validation")
+        panel.legend(frameon=False, fontsize=7.5, loc="best")
+    if key in ("data_wait_share", "samples_per_second"):
+        panel.set_ylim(bottom=0)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    panel.grid(axis="y", color="#e3e7ec", linewidth=0.7)
+    panel.tick_params(colors=INK, length=2)
+    panel.locator_params(axis="x", nbins=5, integer=True)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
+    stretch = -(-len(points) // POINTS)
+    steps, values = [], []
+    for start in range(0, len(points), max(1, stretch)):
+        part = points[start : start + stretch]
+        steps.append(sum(step for step, _ in part) / len(part))
+        values.append(sum(value for _, value in part) / len(part))
+    return steps, values

@@ -6,7 +6,6 @@ Reads what pretrain and finetune leave (docs/report.md lists the files). A part 
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from volssl import recipe as recipes
 from volssl.evaluate import MEAN, Score, summarise
 from volssl.files import BadInput, Outcome, read_csv, read_json, write_text
 from volssl.journal import read_metrics
+from volssl.pictures import curves_svg
 
 VERBS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
 # A path of the user's machine that found its way into a recipe or a message: two or more folders, a drive, or a home.
@@ -149,7 +149,7 @@ def _section(run: Run) -> dict[str, Any]:
         "verb": VERBS[run.verb],
         "is_finetune": run.verb == "finetune",
         "facts": _facts(run),
-        "curves": _curves(run.metrics),
+        "curves": _embedded(curves_svg(run.metrics), "svg+xml"),
         "restorations": [(_step_of(path), _png(path)) for path in dict.fromkeys([*pictures[-1:], *pictures[:1]])],
         "overlays": _overlays(run),
         "labels": _label_rows(run.summary),
@@ -308,65 +308,8 @@ def _differences(run: Run, reference: Run) -> list[tuple[str, str, dict[str, Any
 
 
 def _png(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return _embedded(path.read_bytes(), "png")
 
 
-CURVE_NAMES = {
-    "lr": "learning rate",
-    "samples_per_second": "samples per second",
-    "data_wait_share": "share of time waiting for data",
-}
-INK, LINE, PALE, VALIDATION = "#3c4550", "#1f5fa8", "#a9c4e4", "#c8501e"
-POINTS = 600  # a longer series is drawn as means over as many equal stretches
-
-
-def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Small multiples of all series of metrics.jsonl as an SVG; "" without at least two rows."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    names = dict.fromkeys(key for row in metrics for key in row)
-    groups = [n for prefix in ("loss/", "val/", "health/", "grad_norm/") for n in names if n.startswith(prefix)]
-    keys = [key for key in groups if not (key.startswith("val/") and f"loss/{key[4:]}" in names)]
-    keys += [key for key in CURVE_NAMES if key in names]
-    if len(metrics) < 2 or not keys:
-        return ""
-    rows = -(-len(keys) // 3)
-    with rc_context({"svg.hashsalt": "volssl", "font.size": 8.5, "svg.fonttype": "path"}):
-        figure = Figure(figsize=(10.4, 2.05 * rows), layout="constrained")
-        for place, key in enumerate(keys):
-            panel = figure.add_subplot(rows, 3, place + 1)
-            _curve(panel, metrics, key)
-        image = io.BytesIO()
-        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(image.getvalue()).decode()
-
-
-def _curve(panel: Any, metrics: Sequence[Mapping[str, Any]], key: str) -> None:
-    steps, values = _series(metrics, key)
-    panel.plot(steps, values, color=LINE, linewidth=1.3)
-    panel.set_title(CURVE_NAMES.get(key, key), loc="left", color=INK, fontsize=9)
-    held_out = f"val/{key[5:]}"
-    steps, values = _series(metrics, held_out) if key.startswith("loss/") else ([], [])
-    if values:
-        marker = "o" if len(values) < 30 else None
-        panel.plot(steps, values, color=VALIDATION, linewidth=1.1, marker=marker, markersize=3, label="validation")
-        panel.legend(frameon=False, fontsize=7.5, loc="best")
-    if key in ("data_wait_share", "samples_per_second"):
-        panel.set_ylim(bottom=0)
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
-    panel.grid(axis="y", color="#e3e7ec", linewidth=0.7)
-    panel.tick_params(colors=INK, length=2)
-    panel.locator_params(axis="x", nbins=5, integer=True)
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
-    stretch = -(-len(points) // POINTS)
-    steps, values = [], []
-    for start in range(0, len(points), max(1, stretch)):
-        part = points[start : start + stretch]
-        steps.append(sum(step for step, _ in part) / len(part))
-        values.append(sum(value for _, value in part) / len(part))
-    return steps, values
+def _embedded(image: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}" if image else ""

@@ -32,16 +32,18 @@ def test_alone_everything_is_plain():
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
     store = make_store(tmp_path / "store")
-    train(store, tmp_path / "one", "patches.batch_size=4", "training.steps=4")
-    command, environment = torchrun(store, tmp_path / "two", "patches.batch_size=2", "training.steps=4")
+    # Steps so small that rounding is not blown up by the training itself: every step is then a check of the same sums.
+    settings = ["training.steps=4", "training.lr=1e-6"]
+    train(store, tmp_path / "one", "patches.batch_size=4", *settings)
+    command, environment = torchrun(store, tmp_path / "two", "patches.batch_size=2", *settings)
     subprocess.run(command, check=True, env=environment, timeout=300)
     one, two = untimed(tmp_path / "one"), untimed(tmp_path / "two")
+    # The norm of the gradient divides by the spread of a few pooled features; what it sums is compared through the losses.
+    losses = [[{k: v for k, v in row.items() if "grad_norm" not in k} for row in rows] for rows in (one, two)]
     assert len(one) == len(two) >= 4
-    for row, other in zip(one, two, strict=True):
-        assert row.keys() == other.keys()
-        # Rounding grows from step to step; the first steps agree far better than this.
-        assert other == pytest.approx(row, rel=2e-2, abs=2e-3), (row, other)
-    assert two[0] == pytest.approx(one[0], rel=1e-4, abs=1e-5)
+    for row, other in zip(*losses, strict=True):
+        assert other == pytest.approx(row, rel=1e-3, abs=1e-4), (row, other)
+    assert two[0] == pytest.approx(one[0], rel=1e-4, abs=1e-5), "gradients of the first step"
     assert (tmp_path / "two" / "bundle" / "card.json").exists()
 
 

@@ -1,0 +1,140 @@
+"""Folds, labelled shares, patches and the labels that move with them."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from labelled import LABELS, write_msd
+
+from volssl.archive import write_nifti
+from volssl.augment.spatial import Affine
+from volssl.cases import Augmentation, Batch, Folds, LabelledPatches, Sampling, cut, labelled_share, read_case, split
+from volssl.datasets import Case, CaseTable, open_dataset
+from volssl.draws import Draws
+from volssl.files import BadInput
+from volssl.segment import Preparation
+from volssl.volume import Grid
+
+SAMPLING = Sampling(patch_vox=(16, 16, 16), batch_size=2, foreground=1.0, margin=0.0)
+
+
+def table_of(patients: dict[str, str]) -> CaseTable:
+    return CaseTable(tuple(Case(case, patient, (Path("x"),), Path("y")) for case, patient in patients.items()), LABELS, ("CT",))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return open_dataset(write_msd(tmp_path_factory.mktemp("data")))
+
+
+def patches(table, sampling=SAMPLING, seed=0):
+    return LabelledPatches(table, train=table.cases[:3], held_out=table.cases[3:], preparation=Preparation(), sampling=sampling, seed=seed)
+
+
+def test_folds_hold_every_case_once_and_keep_patients_together():
+    table = table_of({f"c{i}": f"p{i // 2}" for i in range(20)})
+    folds = split(table, Folds(count=5, seed=1))
+    assert sorted(case.case_id for fold in folds for case in fold) == sorted(case.case_id for case in table.cases)
+    patients = [{case.patient_id for case in fold} for fold in folds]
+    assert all(not one & other for i, one in enumerate(patients) for other in patients[:i])
+    assert {len(fold) for fold in patients} == {2}
+
+
+def test_folds_do_not_depend_on_the_order_of_the_files():
+    cases = {f"c{i}": f"p{i}" for i in range(10)}
+    one, other = (split(table_of(dict(items)), Folds()) for items in (cases.items(), reversed(cases.items())))
+    assert [{case.case_id for case in fold} for fold in one] == [{case.case_id for case in fold} for fold in other]
+    assert split(table_of(cases), Folds(seed=1)) != split(table_of(cases), Folds(seed=0))
+
+
+def test_more_folds_than_patients_are_refused():
+    with pytest.raises(BadInput, match="3 folds, 2 patient"):
+        split(table_of({"a": "p", "b": "p", "c": "q"}), Folds(count=3))
+
+
+def test_labelled_shares_are_nested_and_by_patient():
+    cases = table_of({f"c{i}": f"p{i // 2}" for i in range(40)}).cases
+    drawn = [{case.case_id for case in labelled_share(cases, share, 0)} for share in (0.05, 0.1, 0.5, 1.0)]
+    assert [len(d) for d in drawn] == [2, 4, 20, 40]
+    assert all(small <= large for small, large in itertools.pairwise(drawn))
+    assert {case.case_id for case in labelled_share(cases, 2, 0)} == drawn[1]
+
+
+@pytest.mark.parametrize("labels", [0.0, 1.5, 0, 21])
+def test_shares_and_counts_out_of_range_are_refused(labels):
+    cases = table_of({f"c{i}": f"p{i}" for i in range(20)}).cases
+    with pytest.raises(BadInput, match="--labels"):
+        labelled_share(cases, labels, 0)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(table):
+    one, again = patches(table).batch(5), patches(table).batch(5)
+    assert torch.equal(one.x_BCXYZ, again.x_BCXYZ)
+    assert torch.equal(one.y_B1XYZ, again.y_B1XYZ)
+    assert not torch.equal(one.x_BCXYZ, patches(table, seed=1).batch(5).x_BCXYZ)
+
+
+def test_every_case_comes_once_before_any_comes_again(table):
+    drawn = patches(table)
+    names = [name for step in range(3) for name in drawn.batch(step).case_ids]
+    assert sorted(names) == sorted(2 * [case.case_id for case in table.cases[:3]])
+
+
+def test_foreground_patches_hold_a_label(table):
+    drawn = patches(table, Sampling(patch_vox=(4, 4, 4), batch_size=4, foreground=1.0, margin=0.0))
+    for step in range(10):
+        assert (drawn.batch(step).y_B1XYZ > 0).flatten(1).any(1).all()
+
+
+def test_memory_and_file_hold_the_same(table):
+    in_file = patches(table, Sampling(patch_vox=(16, 16, 16), batch_size=2, foreground=1.0, margin=0.0, memory_gb=0.0))
+    assert isinstance(in_file.cases[0].x_CXYZ, np.memmap)
+    assert torch.equal(in_file.batch(3).x_BCXYZ, patches(table).batch(3).x_BCXYZ)
+
+
+def test_cut_fills_outside_with_0():
+    array = np.arange(1, 9).reshape(2, 2, 2)
+    box = cut(array, np.array([-1, 0, 1]), np.array([3, 2, 2]))
+    assert box.shape == (3, 2, 2)
+    assert box[0].sum() == 0
+    np.testing.assert_array_equal(box[1:, :, 0], array[:, :, 1])
+
+
+def test_labels_move_with_the_image():
+    x = torch.zeros(3, 1, 16, 16, 16)
+    x[:, :, 3:9, 5:12, 4:7] = 1
+    batch = Batch(x, x.to(torch.uint8), list("abc"), (1.0, 1.0, 2.0))
+    change = Augmentation(Affine(flip_share=(1, 1, 1), scale=0.2, degrees=20), None, None, None, None)
+    moved, labels = change.apply(batch, Draws(0, 0, 0, 3), patch_vox=(16, 16, 16), classes=2)
+    assert torch.equal(labels, (moved > 0.5).long())
+    assert labels.sum() > 0
+
+
+def test_without_changes_the_margin_is_cut_off():
+    x = torch.randn(2, 1, 20, 20, 20)
+    batch = Batch(x, (x > 0).to(torch.uint8), list("ab"), (1.0, 1.0, 1.0))
+    same, labels = Augmentation(None, None, None, None, None).apply(batch, Draws(0, 0, 0, 2), patch_vox=(16, 16, 16), classes=2)
+    assert torch.equal(same, x[:, :, 2:18, 2:18, 2:18])
+    assert torch.equal(labels, (same > 0).long())
+
+
+def test_all_complaints_come_at_once(tmp_path):
+    table = open_dataset(write_msd(tmp_path))
+    shifted = np.eye(4)
+    shifted[:3, 3] = 0.5
+    empty = np.zeros((20, 18, 16))
+    write_nifti(tmp_path / "labelsTr" / "case_0.nii.gz", empty, Grid(empty.shape, shifted), np.uint8)
+    write_nifti(tmp_path / "labelsTr" / "case_1.nii.gz", empty + 9, Grid(empty.shape, np.eye(4)), np.uint8)
+    holed = empty.copy()
+    holed[3] = np.nan
+    write_nifti(tmp_path / "imagesTr" / "case_3.nii.gz", holed, Grid(empty.shape, np.eye(4)), np.float32)
+    with pytest.raises(BadInput, match=r"(?s)3 of 4 cases.*case_0.*image's grid.*case_1.*found \[9\].*case_3.*NaN"):
+        patches(table)
+
+
+def test_channels_are_counted(tmp_path):
+    table = open_dataset(write_msd(tmp_path, channels=2))
+    with pytest.raises(BadInput, match="must have 2 channel"):
+        read_case(table.cases[0], table)

@@ -1,0 +1,121 @@
+"""Geometry and intensities: what the network sees, and the way back to the image's own grid."""
+
+import numpy as np
+import pytest
+import torch
+from labelled import blobs
+
+from volssl.files import BadInput
+from volssl.segment import Inference, Model, Plan, Preparation, onto_original, read_model, write_model
+from volssl.volume import Grid, Volume
+
+
+def turned(spacing_mm, order, signs, degrees=0.0) -> np.ndarray:
+    """An affine whose array axes lie along the world axes `order`, with `signs`, turned about z."""
+    affine = np.eye(4)
+    a = np.deg2rad(degrees)
+    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
+    axes = np.zeros((3, 3))
+    for axis, (world, sign) in enumerate(zip(order, signs, strict=True)):
+        axes[world, axis] = sign * spacing_mm[axis]
+    affine[:3, :3] = about_z @ axes
+    affine[:3, 3] = (-31, 12, 55)
+    return affine
+
+
+GRIDS = {
+    "RAS": turned((1, 1, 1), (0, 1, 2), (1, 1, 1)),
+    "flipped": turned((1, 1, 1), (0, 1, 2), (-1, -1, 1)),
+    "permuted": turned((1, 1, 1), (2, 0, 1), (-1, 1, -1)),
+    "anisotropic": turned((0.8, 0.9, 2.5), (0, 1, 2), (-1, 1, 1)),
+    "oblique": turned((1.2, 1.2, 2), (1, 0, 2), (1, -1, 1), degrees=17),
+}
+
+
+@pytest.mark.parametrize("affine", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("spacing_mm", [None, (0.5, 0.5, 0.5)])
+def test_a_label_map_pushed_through_predicts_geometry_comes_back(affine, spacing_mm):
+    _, label = blobs(0, (24, 22, 20))
+    original = Grid(label.shape, affine)
+    preparation = Preparation(spacing_mm=spacing_mm)
+    seen = preparation.label(Volume(label[None], original))
+    assert seen.grid.orientation == "RAS"
+    shares = Volume(np.stack([seen.array_CXYZ[0] == value for value in range(3)]).astype(np.float32), seen.grid)
+    back = onto_original(shares, original)
+    assert back.shape == label.shape
+    if spacing_mm is None:
+        np.testing.assert_array_equal(back, label)
+    else:
+        # Nearest voxels of 0.5 mm and back: only voxels on the contour may differ.
+        for value in (1, 2):
+            assert 2 * ((back == value) & (label == value)).sum() / ((back == value).sum() + (label == value).sum()) > 0.9
+
+
+class Threshold(torch.nn.Module):
+    """Class 1 where the prepared value exceeds 0.6."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return torch.cat([torch.zeros_like(x), 100 * (x - 0.6)], 1)
+
+
+@pytest.mark.parametrize("affine", GRIDS.values(), ids=GRIDS)
+def test_predictions_lie_on_the_inputs_grid(affine):
+    image, label = blobs(3, (24, 22, 20))
+    plan = Plan({}, {"bright": 7}, ("CT",), (16, 16, 16), inference=Inference(flips=(True, True, False)))
+    model = Model(plan, Threshold())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(model.label_map(Volume(image[None], Grid(image.shape, affine))), 7 * (label == 1))
+
+
+def test_normalisations_by_hand():
+    array = np.array([-2000, -1000, 0, 1000, 3000], dtype=np.int16).reshape(1, 5, 1, 1)
+    volume = Volume(array, Grid((5, 1, 1), np.eye(4)))
+    np.testing.assert_allclose(Preparation().image(volume).array_CXYZ.ravel(), [0, 0, 0.5, 1, 1])
+    scaled = Preparation(normalisation="percentile").image(volume).array_CXYZ
+    assert scaled.min() == 0
+    assert scaled.max() == 1
+    normal = Preparation(normalisation="zscore").image(volume).array_CXYZ
+    assert normal.mean() == pytest.approx(0, abs=1e-6)
+    assert normal.std() == pytest.approx(1, abs=1e-5)
+    masked = np.array([0, 0, 0, 4, 8], dtype=np.float32).reshape(1, 5, 1, 1)
+    inside = Preparation(normalisation="zscore", nonzero=True).image(Volume(masked, volume.grid)).array_CXYZ.ravel()
+    assert inside[3] == pytest.approx(-1, abs=1e-3)
+    assert inside[4] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_constant_image_stays_finite():
+    volume = Volume(np.full((1, 4, 4, 4), 3.0), Grid((4, 4, 4), np.eye(4)))
+    for normalisation in ("window", "percentile", "zscore"):
+        assert np.isfinite(Preparation(normalisation=normalisation).image(volume).array_CXYZ).all()
+
+
+def test_the_channels_must_be_the_models():
+    plan = Plan({}, {"bright": 1}, ("T1", "T2"), (16, 16, 16))
+    with pytest.raises(BadInput, match="T1, T2"):
+        Model(plan, Threshold()).label_map(Volume(np.zeros((1, 4, 4, 4)), Grid((4, 4, 4), np.eye(4))))  # type: ignore[arg-type]
+
+
+def tiny_model() -> Model:
+    plan = Plan({"name": "unet", "arguments": {"width": 2, "depth": 2, "norm": "batch"}}, {"a": 2, "b": 5}, ("CT",), (8, 8, 8))
+    return Model(plan, plan.network())
+
+
+def test_write_and_read(tmp_path):
+    model = tiny_model()
+    write_model(tmp_path, model)
+    read = read_model(tmp_path)
+    assert read.plan == model.plan
+    assert all(torch.equal(a, b) for a, b in zip(model.net.state_dict().values(), read.net.state_dict().values(), strict=True))
+
+
+def test_a_changed_or_absent_model_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"model\.json"):
+        read_model(tmp_path)
+    write_model(tmp_path, tiny_model())
+    with open(tmp_path / "model.safetensors", "ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(BadInput, match="another"):
+        read_model(tmp_path)

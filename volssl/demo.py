@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from volssl import evaluate, finetune, index, phantom, predict, prepare, pretrain, report
 from volssl.evaluate import MEAN
-from volssl.files import BadInput, Outcome, claim_out, read_json, write_csv, write_json
+from volssl.files import BadInput, Outcome, claim_out, read_json, write_csv, write_json, write_text
 
 PATIENTS, CASES, TESTS, SIZE_VOX = 12, 12, 2, 96
 RUNS = ("with_weights", "from_scratch")
@@ -63,7 +64,9 @@ def run(*, out: Path, overwrite: bool = False, seed: int = 0) -> Outcome:
         "phantoms, labelled",
         lambda: phantom.write_labelled(labelled, cases=CASES, tests=TESTS, seed=seed, size_vox=SIZE_VOX),
     )
-    stages.do("index", lambda: index.build([archive], out=out / "index", seed=seed))
+    # A real index makes a secret key of its own; phantoms have nothing to hide, and a fixed key makes the demo repeatable.
+    write_text(out / "demo_key", hashlib.sha256(f"volssl demo {seed}".encode()).hexdigest())
+    stages.do("index", lambda: index.build([archive], out=out / "index", seed=seed, gates=index.Gates(key=out / "demo_key")))
     stages.do("prepare", lambda: prepare.run(out / "index", out=store, recipe="demo_prepare"))
     seeded = [f"training.seed={seed}"]
     stages.do("pretrain", lambda: pretrain.run("demo_pretrain", store=store, out=out / "pretrain", overrides=seeded))

@@ -16,7 +16,7 @@ import numpy as np
 
 from volssl import recipe as recipes
 from volssl.archive import read_label
-from volssl.datasets import SUFFIXES, stem
+from volssl.datasets import SUFFIXES, stem, whole_numbers
 from volssl.draws import generator
 from volssl.files import BadInput, Outcome, claim_out, track, write_csv, write_json
 from volssl.volume import Volume
@@ -136,7 +136,7 @@ def run(predictions: Path, references: Path, *, recipe: str | Path, out: Path, o
     Returns: failed counts the cases that could not be scored: a missing prediction or reference, another grid, an unknown value.
     Raises: BadInput: a folder without label maps, or a recipe that is none of finetune's.
     """
-    labels = recipes.load(recipe, verb="finetune").get("labels")
+    labels = _labels_of(recipe)
     predicted, expected = _maps(Path(predictions), "predictions"), _maps(Path(references), "references")
     if labels is None:
         labels = _all_values(list(expected.values()))
@@ -154,6 +154,13 @@ def run(predictions: Path, references: Path, *, recipe: str | Path, out: Path, o
     summary = write_scores(out, scores) if scores else {"metrics": {}}
     mean = summary["metrics"].get(MEAN, {}).get("dice", {}).get("mean", 0.0)
     return Outcome(out, failed=len(failures), message=f"mean Dice {mean:.4f} over {len(expected)} cases and {len(labels)} labels")
+
+
+def _labels_of(recipe: str | Path) -> dict[str, int] | None:
+    labels = recipes.load(recipe, verb="finetune").get("labels")
+    if labels is not None and not isinstance(labels, dict):
+        raise BadInput(f"recipe {recipe}: labels must be a mapping of names to values, or null; found {labels!r}")
+    return None if labels is None else whole_numbers(labels, f"recipe {recipe}: labels")
 
 
 def _score_files(case: str, predicted: Path | None, expected: Path | None, labels: Mapping[str, int]) -> list[Score]:

@@ -162,7 +162,7 @@ class Model:
         shares = Volume(self.shares(prepared.array_CXYZ), prepared.grid)
         return np.array(self.plan.values, dtype=np.uint8)[onto_original(shares, volume.grid)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def shares(self, array_CXYZ: np.ndarray) -> np.ndarray:
         """Softmax shares (classes, X, Y, Z), float32, of a prepared image: sliding window with Gaussian blending, mean over the flips."""
         device = next(self.net.parameters()).device

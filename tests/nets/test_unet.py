@@ -73,3 +73,14 @@ def test_feature_maps_are_finest_first():
 def test_impossible_net_is_refused():
     with pytest.raises(BadInput, match="depth >= 2"):
         UNet(depth=1)
+
+
+def test_a_forward_in_inference_mode_leaves_later_training_alone():
+    from volssl.nets import blocks
+
+    blocks._slots.cache_clear()
+    net = UNet(width=2, depth=2)
+    x = torch.zeros(1, 1, 8, 8, 8)
+    with torch.inference_mode():
+        net(x)
+    net(x)[-1].sum().backward()

@@ -86,7 +86,8 @@ _AXIS = {(0, 0): (0, 1), (0, 1): (1, 0), (0, 2): (1, 1), (1, 0): (0, 0), (1, 1):
 def _slots() -> Tensor:
     """For every (tap t, sub-voxel s), 27 x 8, the place in (parity p, coarse tap d), 8 x 8 -> 64, that their product adds to."""
     place = {(t, s): (p, d) for (p, t), (d, s) in _AXIS.items()}
-    slots = torch.zeros(27, 8, dtype=torch.long)
+    with torch.inference_mode(False):  # kept for later calls, which may train
+        slots = torch.zeros(27, 8, dtype=torch.long)
     for t in range(27):
         for s in range(8):
             taps, subs = (t // 9, t // 3 % 3, t % 3), (s // 4, s // 2 % 2, s % 2)

@@ -1,0 +1,256 @@
+"""Fine-tuning end to end on tiny cases: it learns, resumes to the bit, starts from a bundle, and refuses what cannot work."""
+
+import os
+import shutil
+import signal
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from labelled import LABELS, write_msd, write_recipe
+from safetensors.torch import load_file
+
+from volssl import evaluate, fitting, predict
+from volssl import recipe as recipes
+from volssl.archive import read_image, read_label
+from volssl.checkpoints import NotFinite
+from volssl.export import bundle
+from volssl.files import BadInput, read_csv, read_json
+from volssl.finetune import PARTS, Options, run
+from volssl.journal import read_metrics
+from volssl.nets.unet import UNet
+from volssl.volume import Grid
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_msd(tmp_path_factory.mktemp("data"), cases=6)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def trained(data, recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    run(recipe, data=data, out=out, options=Options(overrides=("optimisation.steps=80",)))
+    return out
+
+
+def write_bundle(folder, *, in_channels=1, width=4, window=(-1000.0, 1000.0), normalisation="none"):
+    torch.manual_seed(7)
+    net = UNet(in_channels, width=width, depth=2, norm="instance")
+    card = bundle.Card(
+        architecture={"name": "unet", "arguments": net.arguments},
+        in_channels=in_channels,
+        spacing_mm=(1.0, 1.0, 1.0),
+        orientation="RAS",
+        intensity={"modality": "CT", "clip": [-1024, 3071], "window": list(window), "normalisation": normalisation},
+        method="pcrlv2",
+        recipe={},
+        steps=1,
+        data={"train_scans": 1, "train_patients": 1},
+        volssl_version="0",
+        citations=(),
+    )
+    return bundle.write(folder, net.encoder, card), net.encoder
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def mean_dice(out):
+    return read_json(out / "validation" / "summary.json")["metrics"]["mean"]["dice"]["mean"]
+
+
+def untimed(out):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_second", "data_wait_share")} for row in read_metrics(out)]
+
+
+def test_it_learns(data, recipe, trained, tmp_path):
+    losses = [row["loss/dice"] + row["loss/cross_entropy"] for row in read_metrics(trained)]
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+    run(recipe, data=data, out=tmp_path / "untrained", options=Options(overrides=("optimisation.steps=1", "optimisation.lr=1e-9")))
+    assert mean_dice(trained) > 0.8
+    assert mean_dice(trained) > mean_dice(tmp_path / "untrained") + 0.3
+
+
+def test_what_a_run_leaves(data, trained):
+    splits = read_json(trained / "splits.json")
+    assert sorted(splits["train"] + splits["validation"]) == [f"case_{i}" for i in range(6)]
+    for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "model.json", "checkpoints/last.ckpt"):
+        assert (trained / name).exists()
+    rows = read_csv(trained / "validation" / "cases.csv")
+    assert {(row["case"], row["label"]) for row in rows} == {(case, label) for case in splits["validation"] for label in LABELS}
+    for number, case in enumerate(splits["validation"]):
+        image = read_image(data / "imagesTr" / f"{case}.nii.gz")
+        assert read_label(trained / "validation" / f"{case}.nii.gz").grid.almost_equal(image.grid)
+        assert (trained / "pictures" / f"overlay_{number:04d}.png").exists()
+    assert str(data) not in "".join(path.read_text() for path in trained.glob("*.json*"))
+
+
+def test_predict_and_evaluate_give_the_validation_again(data, recipe, trained, tmp_path):
+    names = read_json(trained / "splits.json")["validation"]
+    outcome = predict.run(trained, [data / "imagesTr" / f"{name}.nii.gz" for name in names], out=tmp_path / "p")
+    assert outcome.failed == 0
+    references = tmp_path / "r"
+    references.mkdir()
+    for name in names:
+        shutil.copy(data / "labelsTr" / f"{name}.nii.gz", references)
+    assert evaluate.run(tmp_path / "p", references, recipe=recipe, out=tmp_path / "e").failed == 0
+    assert read_json(tmp_path / "e" / "summary.json") == read_json(trained / "validation" / "summary.json")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_interrupted_and_resumed_is_uninterrupted_to_the_bit(data, recipe, tmp_path, monkeypatch, number):
+    run(recipe, data=data, out=tmp_path / "whole")
+    step = fitting._step
+
+    def step_then_signal(current, lr, cases):
+        if current.steps_done == 3:
+            os.kill(os.getpid(), number)
+        return step(current, lr, cases)
+
+    monkeypatch.setattr(fitting, "_step", step_then_signal)
+    stopped = run(recipe, data=data, out=tmp_path / "parts")
+    assert "stopped by a signal after step 4" in stopped.message
+    assert not (tmp_path / "parts" / "model.json").exists()
+    monkeypatch.undo()
+    torch.randn(3)  # the state of torch's own generator must not matter
+    run(recipe, data=data, out=tmp_path / "parts", options=Options(resume=True))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
+    for name in ("cases.csv", "summary.json"):
+        assert (tmp_path / "whole/validation" / name).read_text() == (tmp_path / "parts/validation" / name).read_text()
+
+
+def test_resume_wants_the_same_run(data, recipe, tmp_path):
+    run(recipe, data=data, out=tmp_path / "run")
+    with pytest.raises(BadInput, match="optimisation, seed"):
+        run(recipe, data=data, out=tmp_path / "run", options=Options(resume=True, seed=1, overrides=("optimisation.steps=9",)))
+
+
+def test_a_bundles_weights_reach_the_encoder(data, recipe, tmp_path, monkeypatch):
+    folder, encoder = write_bundle(tmp_path / "bundle")
+    seen = {}
+
+    def look(current, *rest):
+        seen.update({name: tensor.clone() for name, tensor in current.net.net.encoder.state_dict().items()})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("volssl.finetune.train", look)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, data=data, out=tmp_path / "run", options=Options(weights=folder))
+    assert all(torch.equal(tensor, seen[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_the_encoder_is_trained_too(data, recipe, tmp_path):
+    folder, encoder = write_bundle(tmp_path / "bundle")
+    run(recipe, data=data, out=tmp_path / "run", options=Options(weights=folder))
+    after = {name.removeprefix("net.encoder."): tensor for name, tensor in weights(tmp_path / "run").items()}
+    assert all(not torch.equal(tensor, after[name]) for name, tensor in encoder.state_dict().items() if "weight" in name)
+    assert read_json(tmp_path / "run" / "splits.json")["weights_sha256"] == read_json(folder / "card.json")["sha256"]
+
+
+def test_more_input_channels_take_the_first_kernel_by_share(recipe, tmp_path, monkeypatch):
+    root = write_msd(tmp_path / "two", channels=2)
+    for path in (root / "imagesTr").iterdir():
+        volume = read_image(path)
+        nibabel.save(nibabel.Nifti1Image(np.stack([volume.array_CXYZ[0]] * 2, -1), volume.grid.affine), path)
+    folder, encoder = write_bundle(tmp_path / "bundle")
+    seen = []
+
+    def look(current, *rest):
+        seen.append(current.net.net.encoder.levels[0][0].conv.weight.detach().clone())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("volssl.finetune.train", look)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, data=root, out=tmp_path / "run", options=Options(weights=folder))
+    assert torch.equal(seen[0], encoder.levels[0][0].conv.weight.repeat(1, 2, 1, 1, 1) / 2)
+
+
+REFUSED = [
+    ({"weights": {"width": 8}}, "misshapen"),
+    ({"weights": {"window": (-200.0, 300.0)}}, "preparation.window must be"),
+    ({"weights": {"normalisation": "zscore"}}, "preparation.patches must be zscore"),
+    ({"fold": 2}, "--fold"),
+    ({"labels": 5}, "--labels"),
+    ({"overrides": ("folds.count=7",)}, "7 folds, 6 patient"),
+    ({"overrides": ("labels={bright: 1}",)}, r"(?s)6 of 6 cases.*found \[2\]"),
+    ({"overrides": ("labels={bright: 1, dark: 2, other: 3}",)}, "among the data set's"),
+    ({"overrides": ("net.in_channels=4",)}, "net.in_channels"),
+    ({"overrides": ("sampling.patch_vox=[15, 16, 16]",)}, "multiples of the network's stride 2"),
+    ({"overrides": ("sampling.patch=3",)}, "unknown key"),
+    ({"overrides": ("optimisation.steps=0",)}, "steps >= 1"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_refused_before_out_is_touched(data, recipe, tmp_path, given, message):
+    if "weights" in given:
+        given = given | {"weights": write_bundle(tmp_path / "bundle", **given["weights"])[0]}
+    with pytest.raises(BadInput, match=message):
+        run(recipe, data=data, out=tmp_path / "run", options=Options(**given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mismatch_can_be_accepted(data, recipe, tmp_path):
+    folder, _ = write_bundle(tmp_path / "bundle", window=(-200.0, 300.0))
+    options = Options(weights=folder, overrides=("optimisation.accept_mismatch=true",))
+    assert run(recipe, data=data, out=tmp_path / "run", options=options).failed == 0
+
+
+def test_a_missing_label_is_named(recipe, tmp_path):
+    root = write_msd(tmp_path / "data")
+    (root / "labelsTr" / "case_2.nii.gz").unlink()
+    with pytest.raises(BadInput, match="case_2"):
+        run(recipe, data=root, out=tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_names_step_term_and_cases(data, recipe, tmp_path, monkeypatch):
+    losses = fitting._losses
+
+    def broken(current, x, y):
+        made = losses(current, x, y)
+        return made | {"dice": made["dice"] * float("nan")} if current.steps_done == 2 else made
+
+    monkeypatch.setattr(fitting, "_losses", broken)
+    with pytest.raises(NotFinite, match=r"step 2.*dice = nan.*case_"):
+        run(recipe, data=data, out=tmp_path / "run")
+
+
+def test_labels_draws_a_share_of_the_training_fold(data, recipe, tmp_path):
+    run(recipe, data=data, out=tmp_path / "run", options=Options(labels=0.34, overrides=("optimisation.steps=1",)))
+    splits = read_json(tmp_path / "run" / "splits.json")
+    assert len(splits["train"]) == 1
+    assert len(splits["validation"]) == 3
+    assert not set(splits["train"]) & set(splits["validation"])
+
+
+def test_settings_that_are_off_by_default(recipe, tmp_path):
+    grid = Grid((20, 18, 16), np.diag([-1.0, 1.0, 2.0, 1.0]))
+    root = write_msd(tmp_path / "data", grid=grid)
+    wanted = (
+        "optimisation.deep_supervision=true",
+        "optimisation.optimizer=sgd",
+        "optimisation.average=0",
+        "preparation.spacing_mm=[1, 1, 1]",
+        "preparation.patches=zscore",
+        "inference.flips=[true, false, true]",
+        "net={name: folded, width: 2, depth: 2}",
+    )
+    outcome = run(recipe, data=root, out=tmp_path / "run", options=Options(overrides=wanted))
+    assert outcome.failed == 0
+    label = read_label(next((tmp_path / "run" / "validation").glob("*.nii.gz")))
+    assert label.grid.almost_equal(grid)
+
+
+@pytest.mark.parametrize("name", ["hippocampus", "segment", "demo_finetune"])
+def test_shipped_recipes_are_whole(name):
+    assert recipes.parse(recipes.load(name, verb="finetune"), PARTS, name)

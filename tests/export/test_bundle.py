@@ -7,6 +7,7 @@ import torch
 
 from volssl.export import bundle
 from volssl.files import BadInput
+from volssl.nets.folded import FoldedUNet
 from volssl.nets.unet import UNet
 
 
@@ -103,3 +104,14 @@ def test_changed_weights_and_newer_schema_are_refused(written):
 def test_a_folder_that_is_no_bundle(tmp_path):
     with pytest.raises(BadInput, match="must be a bundle"):
         bundle.load_bundle(tmp_path)
+
+
+def test_a_folded_encoder_is_widened_too(tmp_path):
+    torch.manual_seed(0)
+    net = FoldedUNet(width=4, depth=2)
+    facts = card(net, architecture={"name": "folded", "arguments": net.arguments})
+    loaded = bundle.load_bundle(bundle.write(tmp_path / "bundle", net.encoder, facts))
+    wide = FoldedUNet(3, width=4, depth=2).encoder
+    bundle.into(wide, loaded)
+    x = torch.rand(1, 1, 8, 8, 8)
+    torch.testing.assert_close(wide(x.expand(-1, 3, -1, -1, -1))[-1], net.encoder(x)[-1], atol=1e-5, rtol=1e-4)

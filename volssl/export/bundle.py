@@ -142,13 +142,13 @@ def export(source: Path, out: Path) -> None:
 def into(encoder: nn.Module, bundle: Bundle) -> None:
     """Load the bundle's tensors into `encoder` by name, all or nothing.
 
-    The first convolution (the one with the bundle's input channels) is adapted to more input channels: its kernel is repeated and divided
+    The first convolution is adapted to more input channels: its kernel is repeated and divided
     by their number, so that an input with equal channels gives the same activations.
 
     Raises: BadInput: with the full list of missing, left-over and misshapen tensors; the encoder is then unchanged.
     """
     target = encoder.state_dict()
-    given = _widened(bundle.state, target, bundle.card["in_channels"])
+    given = _widened(bundle.state, target)
     faults = [f"missing in the bundle: {name} {tuple(target[name].shape)}" for name in target if name not in given]
     faults += [f"left over in the bundle: {name} {tuple(given[name].shape)}" for name in given if name not in target]
     faults += [
@@ -164,17 +164,18 @@ def into(encoder: nn.Module, bundle: Bundle) -> None:
     encoder.load_state_dict(given, strict=True)
 
 
-def _widened(state: dict[str, Tensor], target: dict[str, Tensor], in_channels: int) -> dict[str, Tensor]:
-    widened = dict(state)
-    for name, tensor in state.items():
-        wanted = target.get(name)
-        if wanted is None or tensor.ndim != 5 or wanted.shape == tensor.shape or tensor.shape[1] != in_channels:
-            continue
-        same_otherwise = tensor.shape[0] == wanted.shape[0] and tensor.shape[2:] == wanted.shape[2:]
-        if same_otherwise and wanted.shape[1] % in_channels == 0:
-            times = wanted.shape[1] // in_channels
-            widened[name] = tensor.repeat(1, times, 1, 1, 1) / times
-    return widened
+def _widened(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    # The first convolution in the network's own order is the one that reads the input (a folded one reads 8 channels per input channel,
+    # those of one input channel together, so that repeating the whole kernel is right for it too).
+    first = next((name for name, tensor in target.items() if tensor.ndim == 5), None)
+    if first is None or first not in state:
+        return state
+    tensor, wanted = state[first], target[first]
+    same_otherwise = tensor.ndim == 5 and tensor.shape[0] == wanted.shape[0] and tensor.shape[2:] == wanted.shape[2:]
+    if not same_otherwise or wanted.shape[1] % tensor.shape[1]:
+        return state
+    times = wanted.shape[1] // tensor.shape[1]
+    return state | {first: tensor.repeat(1, times, 1, 1, 1) / times}
 
 
 def _model_card(card: dict[str, Any]) -> str:

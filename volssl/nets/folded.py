@@ -1,7 +1,7 @@
 """A U-Net on folded voxels: each 2x2x2 block becomes 8 channels, the U-Net works on the half-size grid, and its output is unfolded.
 
-Folding loses nothing, and there are no convolutions at full resolution, which take most of a U-Net's time and are its narrowest, and so on a
-CPU its least efficient ones.
+Folding loses nothing, and there are no convolutions at full resolution, which take most of a U-Net's time and are its narrowest, and so
+on a CPU its least efficient ones.
 
 Source: space-to-depth and sub-pixel convolution, Shi et al., CVPR 2016 (arXiv 1609.05158), here in 3D on both ends of the network.
 """

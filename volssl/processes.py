@@ -27,7 +27,7 @@ def mean(value: float, device: torch.device) -> float:
     """Mean of a number over the processes; every process must call it."""
     if count() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total) / count()
 

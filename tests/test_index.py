@@ -10,6 +10,7 @@ import pytest
 from volssl import archive, index
 from volssl.dicom_write import write_dicom_series
 from volssl.files import BadInput, read_csv
+from volssl.splits import split
 from volssl.volume import Grid, Volume
 
 # The planted body part is no valid code on purpose.
@@ -75,24 +76,24 @@ def test_nobody_is_named_outside_of_private(hospital, tmp_path, capfd, caplog):
         assert not any(word in text for text in texts), word
     assert stat.S_IMODE((out / "private").stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in (out / "private").iterdir()} == {0o600}
-    assert PLANTED[0] in (out / "private/paths.json").read_text()
+    assert PLANTED[0] in (out / "private/sources.jsonl").read_text()
 
 
 def test_facts_of_a_row(hospital, tmp_path, phantom):
     index.build([hospital], out=tmp_path / "index")
     loaded = index.load(tmp_path / "index")
-    row = next(row for row in loaded.rows if len(loaded.paths[row.scan_id]) == 12)
+    row = next(row for row in loaded.rows if len(loaded.sources[row.scan_id].files) == 12)
     assert (row.shape_vox, row.spacing_mm, row.orientation, row.num_slices) == ((24, 20, 12), (1.5, 1.75, 3.0), "LPS", 12)
     assert row.body_part == ""  # what the tag said is no known word
-    first = next(row for row in loaded.rows if loaded.paths[row.scan_id][0].name == "mr.nii.gz")
-    assert loaded.paths[first.scan_id] == [hospital / "mr.nii.gz"]
+    first = next(row for row in loaded.rows if loaded.sources[row.scan_id].files[0].name == "mr.nii.gz")
+    assert loaded.sources[first.scan_id].files == (hospital / "mr.nii.gz",)
 
 
 def test_the_same_scan_twice_is_found_and_stands_on_one_side(hospital, tmp_path):
     for seed in range(12):
         index.build([hospital], out=tmp_path / f"index{seed}", seed=seed, gates=index.Gates(validation_share=0.5))
         loaded = index.load(tmp_path / f"index{seed}")
-        name = {loaded.paths[row.scan_id][0].name: row for row in loaded.rows}
+        name = {loaded.sources[row.scan_id].files[0].name: row for row in loaded.rows}
         one, two = name["Janes_head.nii.gz"], name["again.nii.gz"]
         assert one.content_hash == two.content_hash
         assert one.scan_id != two.scan_id
@@ -127,7 +128,7 @@ def test_workers_give_the_same_index(hospital, tmp_path):
     (tmp_path / "key").write_text("k" * 40)
     for workers in (0, 2):
         index.build([hospital], out=tmp_path / f"by{workers}", workers=workers, gates=index.Gates(key=tmp_path / "key"))
-    for name in ("index.csv", "summary.json", "failures.csv", "private/paths.json", "private/files.csv"):
+    for name in ("index.csv", "summary.json", "failures.csv", "private/sources.jsonl", "private/files.csv"):
         assert (tmp_path / "by0" / name).read_bytes() == (tmp_path / "by2" / name).read_bytes(), name
 
 
@@ -151,10 +152,10 @@ def test_split_never_eats_training(rows):
     made = [
         index.Row(f"S{i}", f"P{i}", "T", "CT", "", (9, 9, 9), (1.0, 1.0, 1.0), "RAS", 9, "accept", (), f"C{i}", "") for i in range(rows)
     ]
-    split = [row.split for row in index._split(made, 0, 0.1)]
-    assert split.count("val") == {1: 0, 2: 0, 3: 0, 5: 1, 10: 1, 40: 4}[rows]
-    assert "train" in split
-    assert [row.split for row in index._split(made[::-1], 0, 0.1)] == split[::-1]
+    sides = [row.split for row in split(made, seed=0, share=0.1)]
+    assert sides.count("val") == {1: 0, 2: 0, 3: 0, 5: 1, 10: 1, 40: 4}[rows]
+    assert "train" in sides
+    assert [row.split for row in split(made[::-1], seed=0, share=0.1)] == sides[::-1]
 
 
 def test_nan_volume_is_rejected_by_name_of_the_reason(tmp_path, phantom):
@@ -215,7 +216,7 @@ def test_real_archives_are_accepted_or_refused_with_a_reason(real_data, tmp_path
     outcome = index.build([real_data / "chest_ct", real_data / "abdomen_ct"], out=tmp_path / "index")
     assert outcome.failed == 0
     loaded = index.load(tmp_path / "index")
-    verdicts = {loaded.paths[row.scan_id][0].name: (row.modality, row.verdict, ";".join(row.reasons)) for row in loaded.rows}
+    verdicts = {loaded.sources[row.scan_id].files[0].name: (row.modality, row.verdict, ";".join(row.reasons)) for row in loaded.rows}
     labels = {name for name, verdict in verdicts.items() if verdict == ("", "reject", "label_map")}
     accepted = {name for name, verdict in verdicts.items() if verdict[1] == "accept"}
     assert len(verdicts) == 15

@@ -180,7 +180,7 @@ def test_failures_are_named_by_pseudonym_and_reason(tmp_path, made_index):
     assert outcome.failed == 2
     loaded = index.load(made_index)
     names = {row["scan_id"]: row["reason"] for row in read_csv(tmp_path / "store/failures.csv")}
-    assert {loaded.paths[scan_id][0].name: reason for scan_id, reason in names.items()} == {
+    assert {loaded.sources[scan_id].files[0].name: reason for scan_id, reason in names.items()} == {
         "ct6.nii.gz": "truncated",
         "mr.nii.gz": "other_modality",
     }

@@ -37,6 +37,30 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Source:
+    """How the voxels of one scan are read again: `read_source` takes it alone, from any process.
+
+    Args: kind: "dicom" or "file". files: of a series in the order of the slices, or the one image file. part: of a multi-frame file the
+        frames in order, of a 4D file the one index along its last axis; () is all there is. repairs: codes of what reading has to mend,
+        and may; anything else that is wrong is an error.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+    part: tuple[int, ...] = ()
+    repairs: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """For private/sources.jsonl: plain values."""
+        return {"kind": self.kind, "files": list(map(str, self.files)), "part": list(self.part), "repairs": list(self.repairs)}
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Source:
+        """From such values. Raises: KeyError, TypeError: not such values."""
+        return cls(values["kind"], tuple(map(Path, values["files"])), tuple(values["part"]), tuple(values["repairs"]))
+
+
+@dataclass(frozen=True)
 class Findings:
     """What lies in an archive: scans; files that are no images, with a code; files that should be images and cannot be read."""
 
@@ -125,6 +149,15 @@ def _header_or_code(path: Path) -> Slice | str:
 def read(found: Found) -> Volume:
     """Read a scan that `find` found. Raises: Unreadable."""
     return read_files(found.files)
+
+
+def read_source(source: Source) -> Volume:
+    """Read the scan that an index names, mended as its `repairs` say. Raises: Unreadable: with a `code`."""
+    volume = read_files(source.files)
+    if source.kind == "file" and source.part:
+        (channel,) = source.part
+        volume = Volume(volume.array_CXYZ[channel : channel + 1], volume.grid)
+    return volume
 
 
 def read_files(files: Sequence[Path]) -> Volume:

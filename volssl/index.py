@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import multiprocessing
-import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,12 @@ import numpy as np
 
 from volssl import archive
 from volssl.dicom import VOLUME_MODALITIES, Limits, check
-from volssl.files import BadInput, Outcome, claim_out, read_csv, read_json, track, write_csv, write_json, write_text
+from volssl.files import BadInput, Outcome, claim_out, track, write_csv, write_json
+from volssl.pseudonyms import claim_key, pseudonym
+from volssl.rows import Index as Index
+from volssl.rows import Row, write_rows, write_sources
+from volssl.rows import load as load
+from volssl.splits import split
 from volssl.volume import Volume
 
 VERSION = 1
@@ -47,33 +50,6 @@ class Gates:
             raise BadInput(f"modality: must be one of {', '.join(VOLUME_MODALITIES)}; found {self.modality!r}")
         if not 0 <= self.validation_share < 1:
             raise BadInput(f"validation_share: must lie in [0, 1); found {self.validation_share}")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One series: a row of index.csv. `verdict` is accept or reject, with `reasons` as codes."""
-
-    scan_id: str
-    patient_id: str
-    study_id: str
-    modality: str
-    body_part: str
-    shape_vox: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    orientation: str
-    num_slices: int
-    verdict: str
-    reasons: tuple[str, ...]
-    content_hash: str
-    split: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """A loaded index: its rows, and from its private part the files of every series."""
-
-    rows: list[Row]
-    paths: dict[str, list[Path]]
 
 
 @dataclass(frozen=True)
@@ -119,12 +95,12 @@ def build(
     if not kept:
         counts = ", ".join(f"{n} {code}" for code, n in sorted(Counter([*failed.values(), *findings.ignored.values()]).items()))
         raise BadInput(f"archive {', '.join(map(str, archives))}: must hold scans; found {counts or 'no file'}")
-    key = _key(out, gates)
-    rows = _split([_row(key, found, one) for found, one in kept], seed, gates.validation_share)
-    paths = {row.scan_id: found.files for row, (found, _) in zip(rows, kept, strict=True)}
-    _write(out, key, paths, failed=failed, ignored=findings.ignored)
+    key = claim_key(out, gates.key)
+    rows = split([_row(key, found, one) for found, one in kept], seed=seed, share=gates.validation_share)
+    sources = {row.scan_id: archive.Source(found.kind, found.files) for row, (found, _) in zip(rows, kept, strict=True)}
+    _write(out, key, sources, failed=failed, ignored=findings.ignored)
     write_json(out / "summary.json", _summary(rows, failed, findings.ignored))
-    write_csv(out / "index.csv", [_text(row) for row in sorted(rows, key=lambda row: row.scan_id)], [one.name for one in fields(Row)])
+    write_rows(out / "index.csv", rows)
     return Outcome(out, len(failed), f"{sum(row.verdict == 'accept' for row in rows)} of {len(rows)} series accepted")
 
 
@@ -227,29 +203,6 @@ def is_label_map(array_XYZ: np.ndarray) -> bool:
     return inside == 0 or equal >= 0.75 * inside
 
 
-def _key(out: Path, gates: Gates) -> bytes:
-    private = out / "private"
-    private.mkdir(mode=0o700, exist_ok=True)
-    private.chmod(0o700)
-    file = private / "key"
-    if gates.key is not None:
-        given = Path(gates.key).read_text(encoding="utf-8").strip()
-        if len(given) < 32:
-            raise BadInput(f"key {gates.key}: must hold at least 32 characters; found {len(given)}")
-        if file.exists() and file.read_text().strip() != given:
-            raise BadInput(f"key {gates.key}: must be the key of the index in {out}; found another; use a new --out")
-        write_text(file, given + "\n")
-    elif not file.exists():
-        write_text(file, secrets.token_hex(32) + "\n")
-    file.chmod(0o600)
-    return file.read_text().strip().encode()
-
-
-def pseudonym(key: bytes, letter: str, *identity: str) -> str:
-    """Keyed hash of an identity (HMAC-SHA-256, 64 bits): the same for the same key, and nobody without the key can try names."""
-    return letter + hmac.new(key, "\0".join((letter, *identity)).encode(), hashlib.sha256).hexdigest()[:16]
-
-
 def _row(key: bytes, found: archive.Found, facts: Facts) -> Row:
     if found.kind == "dicom":
         patient, study, series = found.slices[0].key
@@ -269,30 +222,10 @@ def _row(key: bytes, found: archive.Found, facts: Facts) -> Row:
     )
 
 
-def _split(rows: Sequence[Row], seed: int, share: float) -> list[Row]:
-    # By groups of patients: two patients with one and the same scan are one group.
-    accepted = [row for row in rows if row.verdict == "accept"]
-    group = {row.patient_id: row.patient_id for row in accepted}
-
-    def root(patient: str) -> str:
-        while group[patient] != patient:
-            patient = group[patient]
-        return patient
-
-    first: dict[str, str] = {}
-    for row in accepted:
-        one, two = sorted((root(row.patient_id), root(first.setdefault(row.content_hash, row.patient_id))))
-        group[two] = one
-    groups = sorted({root(patient) for patient in group}, key=lambda name: _digest(str(seed), name))
-    held_out = set(groups[: min(int(share * len(groups) + 0.5), len(groups) - 1)])
-    side = {patient: "val" if root(patient) in held_out else "train" for patient in group}
-    return [Row(**{**row.__dict__, "split": side[row.patient_id] if row.verdict == "accept" else ""}) for row in rows]
-
-
-def _write(out: Path, key: bytes, kept: dict[str, tuple[Path, ...]], *, failed: dict[Path, str], ignored: dict[Path, str]) -> None:
+def _write(out: Path, key: bytes, sources: dict[str, archive.Source], *, failed: dict[Path, str], ignored: dict[Path, str]) -> None:
     # The private part, and the failures by pseudonym.
     private = out / "private"
-    write_json(private / "paths.json", {scan_id: [str(path) for path in files] for scan_id, files in sorted(kept.items())})
+    write_sources(private, sources)
     unread = [{"file_id": pseudonym(key, "F", str(path)), "reason": code, "path": str(path)} for path, code in failed.items()]
     aside = [{"file_id": "", "reason": code, "path": str(path)} for path, code in ignored.items()]
     write_csv(private / "files.csv", [*unread, *aside], ["file_id", "reason", "path"])
@@ -300,13 +233,6 @@ def _write(out: Path, key: bytes, kept: dict[str, tuple[Path, ...]], *, failed: 
         file.chmod(0o600)
     named = [{name: row[name] for name in ("file_id", "reason")} for row in sorted(unread, key=lambda row: row["file_id"])]
     write_csv(out / "failures.csv", named, ["file_id", "reason"])
-
-
-def _text(row: Row) -> dict[str, str]:
-    values = asdict(row)
-    for name in ("shape_vox", "spacing_mm"):
-        values[name] = " ".join(map(str, values[name]))
-    return values | {"reasons": ";".join(row.reasons)}
 
 
 def _summary(rows: Sequence[Row], failed: dict[Path, str], ignored: dict[Path, str]) -> dict[str, Any]:
@@ -325,26 +251,3 @@ def _summary(rows: Sequence[Row], failed: dict[Path, str], ignored: dict[Path, s
         "files_unreadable": count(failed.values()),
         "files_ignored": count(ignored.values()),
     }
-
-
-def load(index: Path) -> Index:
-    """Read what `build` left. Raises: BadInput: no index there, or without its private part."""
-    index = Path(index)
-    table = read_csv(index / "index.csv")
-    try:
-        rows = [_parsed(row) for row in table]
-    except (KeyError, ValueError, AttributeError) as error:
-        raise BadInput(f"{index / 'index.csv'}: must be as `volssl index` writes it; {error!r}") from None
-    named = read_json(index / "private" / "paths.json")
-    if missing := [row.scan_id for row in rows if row.scan_id not in named]:
-        raise BadInput(f"{index / 'private'}: must name the files of every series; found none for {len(missing)}; run index again")
-    return Index(rows, {scan_id: [Path(path) for path in paths] for scan_id, paths in named.items()})
-
-
-def _parsed(row: dict[str, str]) -> Row:
-    values: dict[str, Any] = {one.name: row[one.name] for one in fields(Row)}
-    values["shape_vox"] = tuple(map(int, row["shape_vox"].split()))
-    values["spacing_mm"] = tuple(map(float, row["spacing_mm"].split()))
-    values["num_slices"] = int(row["num_slices"])
-    values["reasons"] = tuple(code for code in row["reasons"].split(";") if code)
-    return Row(**values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -88,7 +88,7 @@ def run(
     Raises: BadInput: no such index, a faulty recipe, `out` in use or begun with another recipe, nothing to prepare, disk full.
     """
     settings = _settings(recipe, overrides)
-    rows, paths = _accepted(index)
+    rows, sources = _accepted(index)
     about = About(
         spacing_mm=settings.spacing_mm,
         modality=settings.modality,
@@ -100,7 +100,7 @@ def run(
     try:
         store = Store.create(out, about)
         _sweep(out)
-        entries, failures = _prepare_all(store, settings, rows, paths, workers)
+        entries, failures = _prepare_all(store, settings, rows, sources, workers)
         write_csv(out / "failures.csv", [{"scan_id": key, "reason": failures[key]} for key in sorted(failures)], FAILURES)
         if not entries:
             reasons = ", ".join(sorted(set(failures.values())))
@@ -118,12 +118,12 @@ def _settings(recipe: str | Path, overrides: Sequence[str]) -> Settings:
     return parse({"prepare": values}, {"prepare": Settings}, str(recipe))["prepare"]
 
 
-def _accepted(index: Path) -> tuple[list[Row], dict[str, list[Path]]]:
+def _accepted(index: Path) -> tuple[list[Row], Mapping[str, archive.Source]]:
     loaded = load_index(index)
-    rows = [row for row in loaded.rows if row.verdict == "accept"]
+    rows = [row for row in loaded.rows if row.verdict in ("accept", "repair")]
     if not rows:
         raise BadInput(f"index {index}: must hold accepted scans; found none of {len(loaded.rows)}")
-    return rows, loaded.paths
+    return rows, loaded.sources
 
 
 def _sweep(out: Path) -> None:
@@ -134,11 +134,11 @@ def _sweep(out: Path) -> None:
 
 
 def _prepare_all(
-    store: Store, settings: Settings, rows: Sequence[Row], paths: dict[str, list[Path]], workers: int
+    store: Store, settings: Settings, rows: Sequence[Row], sources: Mapping[str, archive.Source], workers: int
 ) -> tuple[list[Entry], dict[str, str]]:
     entries: list[Entry] = []
     failures: dict[str, str] = {}
-    jobs: list[tuple[Row, list[Path]]] = []
+    jobs: list[tuple[Row, archive.Source]] = []
     for row in rows:
         done = _stored(store, row)
         if done:
@@ -146,7 +146,7 @@ def _prepare_all(
         elif row.modality != settings.modality:
             failures[row.scan_id] = "other_modality"
         else:
-            jobs.append((row, paths[row.scan_id]))
+            jobs.append((row, sources[row.scan_id]))
     answers = _answers(store, settings, jobs, workers)
     for scan_id, answer in track(answers, total=len(jobs), label="prepare"):
         if isinstance(answer, Entry):
@@ -168,10 +168,12 @@ def _stored(store: Store, row: Row) -> Entry | None:
     return kept if kept == entry else None
 
 
-def _answers(store: Store, settings: Settings, jobs: Sequence[tuple[Row, list[Path]]], workers: int) -> Iterator[tuple[str, Entry | str]]:
+def _answers(
+    store: Store, settings: Settings, jobs: Sequence[tuple[Row, archive.Source]], workers: int
+) -> Iterator[tuple[str, Entry | str]]:
     if workers == 0:
-        for row, files in jobs:
-            yield row.scan_id, prepare_one(store, settings, row, files)
+        for row, source in jobs:
+            yield row.scan_id, prepare_one(store, settings, row, source)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -185,12 +187,12 @@ def _answers(store: Store, settings: Settings, jobs: Sequence[tuple[Row, list[Pa
 
 
 def _through(
-    pool: Executor, store: Store, settings: Settings, jobs: Sequence[tuple[Row, list[Path]]], *, ahead: int
+    pool: Executor, store: Store, settings: Settings, jobs: Sequence[tuple[Row, archive.Source]], *, ahead: int
 ) -> Iterator[tuple[str, Entry | str]]:
     # Hands on a few jobs at a time, so that memory does not grow with their number.
     waiting: dict[Future[Entry | str], str] = {}
-    for row, files in jobs:
-        waiting[pool.submit(prepare_one, store, settings, row, files)] = row.scan_id
+    for row, source in jobs:
+        waiting[pool.submit(prepare_one, store, settings, row, source)] = row.scan_id
         if len(waiting) >= ahead:
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(done), done.result()
@@ -199,10 +201,10 @@ def _through(
             yield waiting.pop(done), done.result()
 
 
-def prepare_one(store: Store, settings: Settings, row: Row, files: Sequence[Path]) -> Entry | str:
+def prepare_one(store: Store, settings: Settings, row: Row, source: archive.Source) -> Entry | str:
     """Prepare and store one scan. Returns: its entry, or the code of why it cannot be prepared. Raises: OSError: disk full."""
     try:
-        volume = archive.read_files(files)
+        volume = archive.read_source(source)
     except archive.Unreadable as error:
         return error.code
     except MemoryError:

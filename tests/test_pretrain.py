@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from volssl import pretrain
+from volssl import pretrain, running
 from volssl.checkpoints import NotFinite
 from volssl.export.bundle import load_encoder
 from volssl.files import BadInput, write_json
@@ -155,7 +155,7 @@ def test_accumulated_batches_draw_on(tiny_store, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_scan_and_term(tiny_store, tmp_path, monkeypatch):
-    original = pretrain.to_unit
+    original = running.to_unit
     calls = []
 
     def poisoned(boxes, window, device):
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_scan_and_term(tiny_store, tmp
         x = original(boxes, window, device)
         return x * float("nan") if len(calls) == 4 else x
 
-    monkeypatch.setattr(pretrain, "to_unit", poisoned)
+    monkeypatch.setattr(running, "to_unit", poisoned)
     with pytest.raises(NotFinite, match=r"step 3: .*restore = nan.* on scans S\d"):
         train(tiny_store, tmp_path / "run")
     assert not (tmp_path / "run" / "bundle").exists()

@@ -19,7 +19,7 @@ from volssl.draws import Draws
 from volssl.files import BadInput, track
 from volssl.journal import Clock, Journal
 from volssl.nets.heads import SegmentationNet
-from volssl.pretrain import Precision, fabric_precision, scaler_of
+from volssl.running import Precision, fabric_precision, scaler_of
 from volssl.schedule import warmup_cosine
 from volssl.segment import Plan
 

@@ -4,117 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 
 import volssl
 from volssl import processes
 from volssl import recipe as recipes
-from volssl.checkpoints import BEST, Checkpoints, StopSignal, check_finite
-from volssl.draws import Draws
+from volssl.checkpoints import Checkpoints, StopSignal, check_finite
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, claim_out, track
 from volssl.journal import Clock, Journal, write_environment
-from volssl.methods.method import AbstractMethod, unchanged
-from volssl.patches import Patches, PatchPlan, PatchStream, Source, loader, to_unit
-from volssl.pictures import restoration_png
+from volssl.methods.method import AbstractMethod
+from volssl.patches import PatchPlan, PatchStream, Source
+from volssl.running import Run, Training, open_fabric, scaler_of, start, stream_of, views_of
 from volssl.schedule import warmup_cosine
 from volssl.store import Store
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast.
-
-    Attributes:
-        steps: optimiser steps. accumulate: batches per step. lr: peak. warmup: share of the steps in which it rises; then cosine to 0.
-        optimizer: sgd (momentum 0.9, the reference's) or adamw. clip: largest gradient norm, 0 for none.
-        precision: auto is bf16 on CUDA and on a CPU with bf16 dot products, else fp32; fp16 scales the loss.
-    """
-
-    steps: int = 75_000
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup: float = 0.01
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    weight_decay: float = 1e-4
-    clip: float = 0.0
-    precision: Precision = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.accumulate < 1 or self.lr <= 0 or not 0 <= self.warmup <= 1:
-            raise BadInput(
-                f"steps >= 1, accumulate >= 1, lr > 0 and warmup in [0, 1] must hold; "
-                f"found {self.steps}, {self.accumulate}, {self.lr}, {self.warmup}"
-            )
-
-
-@dataclass(frozen=True)
-class Saving:
-    """When something is written: steps between log lines, pictures, checks on held-out scans and checkpoints (also by minutes)."""
-
-    log_every: int = 20
-    pictures_every: int = 1000
-    validate_every: int = 500
-    validation_batches: int = 4
-    checkpoint_every: int = 500
-    checkpoint_minutes: float = 15.0
-
-
-@dataclass
-class Run:
-    """What a running pretraining holds; `state` gives what a checkpoint must hold to continue to the bit."""
-
-    fabric: Fabric
-    method: AbstractMethod
-    optimizers: dict[str, Any]
-    training: Training
-    plan: PatchPlan
-    store: Store
-    out: Path
-    steps_done: int = 0
-    best: float = float("inf")
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain values only."""
-        scaler = scaler_of(self.fabric)
-        return {
-            "version": 1,
-            "steps_done": self.steps_done,
-            "best": self.best,
-            "method": self.method.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's state. Raises: BadInput: if it is of another recipe."""
-        try:
-            self.method.load_state_dict(state["method"])
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise BadInput(f"--resume: the checkpoint must be of the same recipe; it does not fit: {error}") from None
-        scaler = scaler_of(self.fabric)
-        if scaler is not None and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        self.steps_done, self.best = state["steps_done"], state["best"]
-
-
-def scaler_of(fabric: Fabric) -> Any:
-    """The gradient scaler of fp16, or None."""
-    return getattr(fabric._precision, "scaler", None)
-
+from volssl.watch import Saving, look
 
 PARTS = {"net": "nets", "method": "methods", "patches": PatchPlan, "training": Training, "saving": Saving}
 
@@ -141,13 +49,13 @@ def run(
     method.check(made["patches"].box_vox, made["patches"].batch_size)
     training = made["training"]
     PatchStream(opened, made["patches"], source=Source(seed=training.seed), steps=1)
-    fabric = _fabric(training.precision)
+    fabric = open_fabric(training.precision)
     out = Path(out)
     if processes.rank() == 0:
         claim_out(out, resume=resume, overwrite=overwrite)
         _same_recipe(out, values, resume=resume)
     fabric.barrier()
-    current = _start(fabric, method, made, opened, out)
+    current = start(fabric, method, made, store=opened, out=out)
     card = _card(made, values, opened, method)
     bundle.prove(method.encoder, card)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
@@ -183,41 +91,12 @@ def _same_recipe(out: Path, values: dict[str, Any], *, resume: bool) -> None:
     recipes.save(values, path, verb="pretrain")
 
 
-def fabric_precision(asked: Precision) -> Any:
-    """Lightning's name of a precision; auto takes bf16 only where the hardware multiplies it, as emulation is many times slower."""
-    if asked == "auto":
-        capable = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        asked = "bf16" if capable else "fp32"
-    return FABRIC_PRECISION[asked]
-
-
-def _fabric(precision: Precision) -> Fabric:
-    """One process, or what `torchrun` started: each with its own device. The module is not wrapped: the loop averages gradients itself,
-    since only some heads take part in a step."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    many: dict[str, Any] = {"devices": local, "num_nodes": world // local, "strategy": "ddp"} if world > 1 else {"devices": 1}
-    fabric = Fabric(accelerator="auto", precision=fabric_precision(precision), **many)
-    fabric.launch()
-    return fabric
-
-
-def _start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], store: Store, out: Path) -> Run:
-    training: Training = made["training"]
-    method.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    optimizers = {}
-    for party, parameters in method.parties().items():
-        if training.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, training.lr, momentum=0.9, weight_decay=training.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(parameters, training.lr, weight_decay=training.weight_decay)
-        optimizers[party] = fabric.setup_optimizers(optimizer)
-    return Run(fabric, method.train(), optimizers, training, made["patches"], store, out)
-
-
 def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Journal, stop: StopSignal) -> None:
     """The training loop: views, then per turn backward and step, then what is due is written."""
     training, method, fabric = current.training, current.method, current.fabric
-    batches = iter(_stream(current, "patches", "train", training.steps * training.accumulate, current.steps_done * training.accumulate))
+    batches = iter(
+        stream_of(current, "patches", "train", steps=training.steps * training.accumulate, first=current.steps_done * training.accumulate)
+    )
     clock = Clock()
     remaining = range(current.steps_done, training.steps)
     for step in track(remaining, total=training.steps, label="pretrain", start=current.steps_done):
@@ -225,7 +104,7 @@ def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Jour
         lr = training.lr * warmup_cosine((step + 1) / training.steps, warmup=training.warmup)
         with clock.waiting():
             patches = [next(batches) for _ in range(training.accumulate)]
-        views = [_views(current, batch, step * training.accumulate + i) for i, batch in enumerate(patches)]
+        views = [views_of(current, batch, step * training.accumulate + i) for i, batch in enumerate(patches)]
         scans = [scan for batch in patches for scan in batch.scan_ids]
         sums: dict[str, float] = {}
         for party, losses in _turns(current, views, progress, scans):
@@ -237,7 +116,9 @@ def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Jour
         if current.steps_done % saving.log_every == 0 or current.steps_done == training.steps:
             numbers = {name: processes.mean(value, fabric.device) for name, value in sums.items()} | {"lr": lr}
             journal.log(step=current.steps_done, progress=current.steps_done / training.steps, **clock.read(), **numbers)
-        _write_what_is_due(current, saving, checkpoints, journal, views[0])
+        look(current, saving, checkpoints, journal, views=views[0])
+        if checkpoints.due(current.steps_done):
+            checkpoints.save(current.state())
         if processes.mean(float(stop.asked), fabric.device) > 0:
             break
     checkpoints.save(current.state())
@@ -274,51 +155,6 @@ def _step(current: Run, party: str, lr: float, scans: list[str]) -> float:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm if math.isfinite(norm) else 0.0
-
-
-def _stream(current: Run, stream: str, split: str, steps: int, first: int = 0) -> Any:
-    patches = PatchStream(current.store, current.plan, source=Source(split, current.training.seed, stream, processes.rank()), steps=steps)
-    return loader(patches, first_step=first, pin=current.fabric.device.type == "cuda")
-
-
-def _views(current: Run, patches: Patches, index: int, stream: str = "") -> Any:
-    x_BCXYZ = to_unit(patches.boxes_BCXYZ, current.store.window, current.fabric.device)
-    draws = Draws(current.training.seed, index, processes.rank() * len(x_BCXYZ), len(x_BCXYZ), stream)
-    return current.method.views(x_BCXYZ, draws, spacing_mm=current.store.spacing_mm)
-
-
-def _write_what_is_due(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Journal, views: Any) -> None:
-    step, last = current.steps_done, current.steps_done == current.training.steps
-    if step % saving.pictures_every == 0 or last:
-        with current.fabric.autocast(), unchanged(current.method):
-            columns = {name: x_BXYZ[:4].numpy() for name, x_BXYZ in current.method.pictures(views).items()}
-        if processes.rank() == 0:
-            picture = current.out / "pictures" / f"restoration_{step:07d}.png"
-            restoration_png(picture, columns, window=(0.0, 1.0), spacing_mm=current.store.spacing_mm)
-    if (step % saving.validate_every == 0 or last) and any(row.split == "val" for row in current.store.rows):
-        losses = _validate(current, saving.validation_batches)
-        journal.log(
-            step=step,
-            progress=step / current.training.steps,
-            **{f"val/{name}": value for name, value in losses.items()},
-        )
-        if sum(losses.values()) < current.best:
-            current.best = sum(losses.values())
-            checkpoints.save(current.state(), BEST)
-    if checkpoints.due(step):
-        checkpoints.save(current.state())
-
-
-def _validate(current: Run, batches: int) -> dict[str, float]:
-    """Mean losses on fixed patches of the held-out split, with the fading terms as at the start, so that steps can be compared."""
-    sums: dict[str, float] = {}
-    with torch.no_grad(), current.fabric.autocast(), unchanged(current.method):
-        for index, patches in enumerate(_stream(current, "validation", "val", batches)):
-            views = _views(current, patches, index, "validation")
-            for _, losses in current.method.turns(views, 0.0):
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) / batches
-    return {name: processes.mean(value, current.fabric.device) for name, value in sums.items()}
 
 
 def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: AbstractMethod) -> bundle.Card:

@@ -1,0 +1,144 @@
+"""A running pretraining: its settings, its state, its device, and where its patches and views come from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+
+from volssl import processes
+from volssl.draws import Draws
+from volssl.files import BadInput
+from volssl.methods.method import AbstractMethod
+from volssl.patches import Patches, PatchPlan, PatchStream, Source, loader, to_unit
+from volssl.store import Store
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast.
+
+    Attributes:
+        steps: optimiser steps. accumulate: batches per step. lr: peak. warmup: share of the steps in which it rises; then cosine to 0.
+        optimizer: sgd (momentum 0.9, the reference's) or adamw. clip: largest gradient norm, 0 for none.
+        precision: auto is bf16 on CUDA and on a CPU with bf16 dot products, else fp32; fp16 scales the loss.
+    """
+
+    steps: int = 75_000
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.01
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay: float = 1e-4
+    clip: float = 0.0
+    precision: Precision = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.accumulate < 1 or self.lr <= 0 or not 0 <= self.warmup <= 1:
+            raise BadInput(
+                f"steps >= 1, accumulate >= 1, lr > 0 and warmup in [0, 1] must hold; "
+                f"found {self.steps}, {self.accumulate}, {self.lr}, {self.warmup}"
+            )
+
+
+@dataclass
+class Run:
+    """What a running pretraining holds; `state` gives what a checkpoint must hold to continue to the bit."""
+
+    fabric: Fabric
+    method: AbstractMethod
+    optimizers: dict[str, Any]
+    training: Training
+    plan: PatchPlan
+    store: Store
+    out: Path
+    steps_done: int = 0
+    best: float = float("inf")
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values only."""
+        scaler = scaler_of(self.fabric)
+        return {
+            "version": 1,
+            "steps_done": self.steps_done,
+            "best": self.best,
+            "method": self.method.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state. Raises: BadInput: if it is of another recipe."""
+        try:
+            self.method.load_state_dict(state["method"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise BadInput(f"--resume: the checkpoint must be of the same recipe; it does not fit: {error}") from None
+        scaler = scaler_of(self.fabric)
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        self.steps_done, self.best = state["steps_done"], state["best"]
+
+
+def start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], *, store: Store, out: Path) -> Run:
+    """The method on its device with an optimiser per party. Args: made: the recipe's parts `training` and `patches`."""
+    training: Training = made["training"]
+    method.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    optimizers = {}
+    for party, parameters in method.parties().items():
+        if training.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, training.lr, momentum=0.9, weight_decay=training.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(parameters, training.lr, weight_decay=training.weight_decay)
+        optimizers[party] = fabric.setup_optimizers(optimizer)
+    return Run(fabric, method.train(), optimizers, training, made["patches"], store, out)
+
+
+def world_size() -> int:
+    """Number of processes that `torchrun` or SLURM is starting, known before they meet."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def open_fabric(precision: Precision) -> Fabric:
+    """One process, or what `torchrun` started: each with its own device. The module is not wrapped: the loop averages gradients itself,
+    since only some heads take part in a step."""
+    world, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    many: dict[str, Any] = {"devices": local, "num_nodes": world // local, "strategy": "ddp"} if world > 1 else {"devices": 1}
+    fabric = Fabric(accelerator="auto", precision=fabric_precision(precision), **many)
+    fabric.launch()
+    return fabric
+
+
+def fabric_precision(asked: Precision) -> Any:
+    """Lightning's name of a precision; auto takes bf16 only where the hardware multiplies it, as emulation is many times slower."""
+    if asked == "auto":
+        capable = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        asked = "bf16" if capable else "fp32"
+    return FABRIC_PRECISION[asked]
+
+
+def scaler_of(fabric: Fabric) -> Any:
+    """The gradient scaler of fp16, or None."""
+    return getattr(fabric._precision, "scaler", None)
+
+
+def stream_of(current: Run, stream: str, split: str, *, steps: int, first: int = 0) -> Any:
+    """Batches of the steps from `first` on; `stream` names the draws, so that a look draws other boxes than the training."""
+    patches = PatchStream(current.store, current.plan, source=Source(split, current.training.seed, stream, processes.rank()), steps=steps)
+    return loader(patches, first_step=first, pin=current.fabric.device.type == "cuda")
+
+
+def views_of(current: Run, patches: Patches, index: int, stream: str = "") -> Any:
+    """The method's views of a batch, made on the device."""
+    x_BCXYZ = to_unit(patches.boxes_BCXYZ, current.store.window, current.fabric.device)
+    draws = Draws(current.training.seed, index, processes.rank() * len(x_BCXYZ), len(x_BCXYZ), stream)
+    return current.method.views(x_BCXYZ, draws, spacing_mm=current.store.spacing_mm)

@@ -17,6 +17,7 @@ from volssl import __version__
 from volssl.files import BadInput, Outcome
 
 VERBS = {
+    "fetch": "volssl.fetch:run",
     "index": "volssl.index:build",
     "prepare": "volssl.prepare:run",
     "pretrain": "volssl.pretrain:run",
@@ -162,6 +163,24 @@ def _command(verb: str, help: str, options: Mapping[str, tuple[Any, Any]]) -> No
     app.command(verb, help=help)(command)
 
 
+_command(
+    "fetch",
+    "Pull series from a PACS over DICOMweb into a folder.",
+    {
+        "dicomweb": (_option(str, "Address of the service, as https://pacs.example/dicom-web.", metavar="URL"), ASKED),
+        "query": (
+            _option(list[str], "Which series, as Modality=CT; if given again, all must hold.", metavar="KEY=VALUE"),
+            ASKED,
+        ),
+        "out": (_option(Path, "Folder to write, for patients' data; must be new or empty."), ASKED),
+        "parallel": (_option(int, "Series pulled at a time."), 2),
+        "retries": (_option(int, "Further tries of a request that breaks, after growing waits.", min=0), 4),
+        "timeout_s": (_option(float, "Longest silence of the server, in seconds."), 120.0),
+        "ca": (_option(Path | None, "File of the authority to trust (PEM) in place of the system's."), None),
+        "allow_http": (_option(bool, "Let patients' data cross the network in the clear.", "--allow-http"), False),
+        "resume": ENDINGS["resume"],
+    },
+)
 _command(
     "index",
     "Find every scan: one row each with facts, verdict and split.",

@@ -185,7 +185,7 @@ REFUSED = [
     ({"overrides": ("labels={bright: 1}",)}, r"(?s)6 of 6 cases.*found \[2\]"),
     ({"overrides": ("labels={bright: 1, dark: 2, other: 3}",)}, "among the data set's"),
     ({"overrides": ("net.in_channels=4",)}, "net.in_channels"),
-    ({"overrides": ("sampling.patch_vox=[15, 16, 16]",)}, "multiples of the network's stride 2"),
+    ({"overrides": ("sampling.patch_vox=[15, 16, 16]",)}, "multiple of the net's stride 2"),
     ({"overrides": ("sampling.patch=3",)}, "unknown key"),
     ({"overrides": ("optimisation.steps=0",)}, "steps >= 1"),
 ]

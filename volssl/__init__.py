@@ -18,6 +18,7 @@ _HOMES = {
     "UNet": "volssl.nets.unet",
     "SegmentationNet": "volssl.nets.heads",
     "load_bundle": "volssl.export.bundle",
+    "load_decoder": "volssl.export.bundle",
     "load_encoder": "volssl.export.bundle",
 }
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from volssl.archive import read_label as read_label
     from volssl.archive import write_nifti as write_nifti
     from volssl.export.bundle import load_bundle as load_bundle
+    from volssl.export.bundle import load_decoder as load_decoder
     from volssl.export.bundle import load_encoder as load_encoder
     from volssl.files import BadInput as BadInput
     from volssl.files import Outcome as Outcome

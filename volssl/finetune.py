@@ -26,6 +26,7 @@ from volssl.files import BadInput, Outcome, claim_out, read_json, track, write_j
 from volssl.fitting import Optimisation, Saving, kept, start, train
 from volssl.journal import Journal, write_environment
 from volssl.nets.heads import SegmentationNet
+from volssl.nets.sides import side_fault
 from volssl.pictures import Overlay, overlay_png
 from volssl.recipe import Part
 from volssl.segment import Inference, Model, Plan, Preparation, write_model
@@ -131,8 +132,8 @@ def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
     skips = {"skips": True} if "skips" not in part.arguments else {}
     net = part.build(**({"in_channels": len(table.channels)} if "in_channels" not in part.arguments else {}), **skips)
     patch_vox = made["sampling"].patch_vox
-    if any(side % net.stride for side in patch_vox):
-        raise BadInput(f"sampling.patch_vox must be multiples of the network's stride {net.stride}; found {patch_vox}")
+    if (fault := side_fault(patch_vox, net.stride, norm=net.arguments["norm"], batch=made["sampling"].batch_size)) is not None:
+        raise BadInput(f"sampling.patch_vox: {fault}")
     return Plan(
         architecture={"name": part.name, "arguments": net.arguments},
         labels=table.labels,

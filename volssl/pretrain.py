@@ -57,7 +57,7 @@ def run(
     fabric.barrier()
     current = start(fabric, method, made, store=opened, out=out)
     card = _card(made, values, opened, method)
-    bundle.prove(method.encoder, card)
+    bundle.prove(method.encoder, card, decoder=method.net.decoder)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if resume and (state := checkpoints.load()) is not None:
         current.restore(state)
@@ -68,7 +68,8 @@ def run(
     if current.steps_done < training.steps:
         return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume")
     if processes.rank() == 0:
-        bundle.write(out / "bundle", method.encoder, dataclasses.replace(card, steps=current.steps_done))
+        finished = dataclasses.replace(card, steps=current.steps_done)
+        bundle.write(out / "bundle", method.encoder, finished, decoder=method.net.decoder)
     return Outcome(out, message=f"{training.steps} steps done; weights in bundle/")
 
 

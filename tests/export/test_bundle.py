@@ -1,10 +1,12 @@
 """The bundle: written and read to the bit; refused with the full list when it does not fit or was changed."""
 
+import hashlib
 import json
 
 import pytest
 import torch
 
+from volssl import load_decoder, load_encoder
 from volssl.export import bundle
 from volssl.files import BadInput
 from volssl.nets.folded import FoldedUNet
@@ -115,3 +117,82 @@ def test_a_folded_encoder_is_widened_too(tmp_path):
     bundle.into(wide, loaded)
     x = torch.rand(1, 1, 8, 8, 8)
     torch.testing.assert_close(wide(x.expand(-1, 3, -1, -1, -1))[-1], net.encoder(x)[-1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def with_decoder(tmp_path):
+    torch.manual_seed(0)
+    net = UNet(width=4, depth=3)
+    return net, bundle.write(tmp_path / "whole", net.encoder, card(net), decoder=net.decoder)
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_encoder_and_decoder_together_give_the_maps_of_the_net(tmp_path, skips):
+    torch.manual_seed(0)
+    net = UNet(width=4, depth=3, skips=skips).eval()
+    folder = bundle.write(tmp_path / "whole", net.encoder, card(net), decoder=net.decoder)
+    (encoder, facts), (decoder, again) = load_encoder(folder), load_decoder(folder)
+    assert facts == again and facts["decoder"]["skips"] is skips
+    assert facts["decoder"]["sha256"] == hashlib.sha256((folder / "decoder.safetensors").read_bytes()).hexdigest()
+    x = torch.rand(1, 1, 8, 8, 16)
+    with torch.no_grad():
+        for one, other in zip(net(x), decoder(encoder(x)), strict=True):
+            assert torch.equal(one, other)
+    assert "load_decoder" in (folder / "README.md").read_text()
+
+
+def test_a_bundle_without_a_decoder_says_so(written):
+    _, folder = written
+    assert bundle.load_bundle(folder).decoder is None and "decoder" not in json.loads((folder / "card.json").read_text())
+    with pytest.raises(BadInput, match="found an encoder alone"):
+        load_decoder(folder)
+
+
+def test_an_encoder_written_over_a_whole_bundle_leaves_no_decoder(with_decoder):
+    net, folder = with_decoder
+    bundle.write(folder, net.encoder, card(net))
+    assert not (folder / "decoder.safetensors").exists() and bundle.load_bundle(folder).decoder is None
+
+
+def test_missing_extra_and_misshapen_decoder_tensors_are_all_listed(with_decoder):
+    _, folder = with_decoder
+    loaded = bundle.load_bundle(folder)
+    first, second, *_ = loaded.decoder
+    loaded.decoder["not.there"] = loaded.decoder.pop(first)
+    loaded.decoder[second] = torch.zeros(3)
+    target = UNet(width=4, depth=3).decoder
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(BadInput) as caught:
+        bundle.into(target, loaded, part="decoder")
+    told = str(caught.value)
+    faults = (f"missing in the bundle: {first}", "left over in the bundle: not.there", f"misshapen: {second}")
+    for part in ("does not fit this decoder: 3 of", *faults):
+        assert part in told
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+
+
+def test_a_decoder_without_skips_does_not_enter_one_with_them(with_decoder):
+    _, folder = with_decoder
+    with pytest.raises(BadInput, match=r"misshapen: steps.0.block.conv.weight"):
+        bundle.into(UNet(width=4, depth=3, skips=True).decoder, bundle.load_bundle(folder), part="decoder")
+
+
+def test_a_changed_lost_or_unnamed_decoder_is_refused(with_decoder):
+    _, folder = with_decoder
+    weights = folder / "decoder.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(BadInput, match=r"decoder.safetensors: must be the file its card was written for"):
+        bundle.load_bundle(folder)
+    weights.unlink()
+    with pytest.raises(BadInput, match=r"decoder.safetensors: must exist"):
+        load_encoder(folder)
+    weights.write_bytes(original)
+    facts = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(facts | {"decoder": {"skips": False}}))
+    with pytest.raises(BadInput, match="must hold `skips` and `sha256`"):
+        bundle.load_bundle(folder)
+    del facts["decoder"]
+    (folder / "card.json").write_text(json.dumps(facts))
+    with pytest.raises(BadInput, match="must name its sha256 under `decoder`"):
+        bundle.load_bundle(folder)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from volssl import load_encoder
+from volssl import load_decoder, load_encoder
 from volssl.export import bundle, run
-from volssl.files import BadInput
+from volssl.files import BadInput, write_json
 from volssl.nets.unet import UNet
 
 
@@ -28,18 +28,19 @@ def folder(tmp_path):
         volssl_version="0",
         citations=(),
     )
-    bundle.write(tmp_path / "run" / "bundle", net.encoder, card)
+    bundle.write(tmp_path / "run" / "bundle", net.encoder, card, decoder=net.decoder)
     return tmp_path / "run"
 
 
 @pytest.mark.parametrize("inside", ["", "bundle"])
 def test_a_run_and_its_bundle_export_alike(folder, tmp_path, inside):
     out = run(folder / inside, to="bundle", out=tmp_path / "out").out
-    assert {path.name for path in out.iterdir()} == {"encoder.safetensors", "card.json", "README.md"}
-    before, _ = load_encoder(folder)
-    after, card = load_encoder(out)
+    assert {path.name for path in out.iterdir()} == {"encoder.safetensors", "decoder.safetensors", "card.json", "README.md"}
     x_BCXYZ = torch.randn(1, 1, 8, 8, 8)
+    (before, _), (after, card) = load_encoder(folder), load_encoder(out)
     for one, other in zip(before(x_BCXYZ), after(x_BCXYZ), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(load_decoder(folder)[0](before(x_BCXYZ)), load_decoder(out)[0](after(x_BCXYZ)), strict=True):
         assert torch.equal(one, other)
     assert card["method"] == "pcrlv2"
     run(folder, to="bundle", out=out, overwrite=True)
@@ -65,3 +66,12 @@ def test_the_source_is_never_overwritten(folder):
     for out in (folder, folder / "bundle"):
         with pytest.raises(BadInput, match="outside the source"):
             run(folder / "bundle", to="bundle", out=out, overwrite=True)
+
+
+def test_an_encoder_alone_is_exported_alone(folder, tmp_path):
+    whole = bundle.load_bundle(folder)
+    (folder / "bundle" / "decoder.safetensors").unlink()
+    write_json(folder / "bundle" / "card.json", {key: value for key, value in whole.card.items() if key != "decoder"})
+    out = run(folder, to="bundle", out=tmp_path / "out").out
+    assert {path.name for path in out.iterdir()} == {"encoder.safetensors", "card.json", "README.md"}
+    assert bundle.load_bundle(out).decoder is None

@@ -23,11 +23,11 @@ def test_maps_have_the_sizes_and_channels_told(skips):
     x = torch.randn(1, 2, 16, 8, 8)
     features = net.encoder(x)
     assert [f.shape[1] for f in features] == list(net.encoder.channels)
-    assert [16 // f.shape[2] for f in features] == list(net.encoder.strides)
+    assert [tuple(a // b for a, b in zip((16, 8, 8), f.shape[2:], strict=True)) for f in features] == list(net.encoder.strides)
     decoded = net(x)
     assert [d.shape[1] for d in decoded] == list(net.decoder.channels)
     assert decoded[-1].shape[2:] == x.shape[2:]
-    assert net.stride == 8
+    assert net.stride == (8, 8, 8)
 
 
 def test_every_parameter_and_voxel_is_reached():

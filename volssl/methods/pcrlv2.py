@@ -26,6 +26,7 @@ from volssl.files import BadInput
 from volssl.losses import siamese_distance
 from volssl.methods.method import AbstractMethod, Turn, middle
 from volssl.nets.heads import ComparisonHead, MidRestorationHead, RestorationHead
+from volssl.nets.sides import side_fault
 from volssl.schedule import cosine
 
 RECIPE_NAME = "PCRLv2"
@@ -152,10 +153,8 @@ class PCRLv2(AbstractMethod):
         except BadInput as error:
             faults.append(f"method.crops: {error}")
         for name, size in (("global", self.global_vox), ("sub-crop", self.local_vox)):
-            if any(side % self.net.stride for side in size):
-                faults.append(
-                    f"method.out_vox: every side of a {name} must be a multiple of the net's stride {self.net.stride}; found {size}"
-                )
+            if (fault := side_fault(size, self.net.stride, norm=self.net.arguments["norm"])) is not None:
+                faults.append(f"method.out_vox: {name}: {fault}")
         if batch_size < 2:
             faults.append(f"patches.batch_size: batch normalisation in the comparison heads needs at least 2; found {batch_size}")
         if self.restoration.views == "none" and not (self.comparison.globals or self.comparison.locals):

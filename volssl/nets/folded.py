@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from volssl.files import BadInput
 from volssl.nets.blocks import Norm
+from volssl.nets.sides import check_sides, triple
 from volssl.nets.unet import UNetDecoder, UNetEncoder
 
 RECIPE_NAME = "FoldedUNet"
@@ -39,10 +40,14 @@ class FoldedEncoder(nn.Module):
         super().__init__()
         self.inner = UNetEncoder(8 * in_channels, width=width, depth=depth, norm=norm)
         self.channels = self.inner.channels
-        self.strides = tuple(2 * stride for stride in self.inner.strides)
+        self.strides = tuple(triple([2 * side for side in stride]) for stride in self.inner.strides)
 
     def forward(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        """(B, C, X, Y, Z) -> the feature maps, finest first. Sides must be multiples of the last stride."""
+        """(B, C, X, Y, Z) -> the feature maps, finest first.
+
+        Raises: BadInput: sides that are no multiples of the last stride, or leave instance normalisation a single voxel.
+        """
+        check_sides(x_BCXYZ, self.strides[-1], norm=self.inner.norm)
         folded = fold(x_BCXYZ).contiguous(memory_format=torch.channels_last_3d)
         return self.inner(folded)
 
@@ -52,6 +57,7 @@ class FoldedDecoder(nn.Module):
 
     def __init__(self, channels: tuple[int, ...], *, unfolded: int, skips: bool, norm: Norm) -> None:
         super().__init__()
+        self.skips = skips
         self.inner = UNetDecoder(channels, skips=skips, norm=norm)
         self.channels = (*self.inner.channels, unfolded)
         self.last = nn.Conv3d(channels[0], 8 * unfolded, 3, padding=1)
@@ -67,7 +73,7 @@ class FoldedUNet(nn.Module):
 
     Args: in_channels; width: channels of the first convolution; depth: number of levels on the half-size grid, 2 or more; norm: batch,
         instance or group; skips: concatenate the encoder's maps in the decoder; unfolded: channels of the full-size map.
-    Attributes: encoder, decoder; arguments: what rebuilds it; stride: every side of the input must be a multiple of it.
+    Attributes: encoder, decoder; arguments: what rebuilds it; stride: by axis, the sides of the input must be multiples of it.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from volssl.files import BadInput
 from volssl.nets.blocks import ConvBlock, Norm, UpBlock
+from volssl.nets.sides import check_sides, triple
 
 RECIPE_NAME = "UNet"
 
@@ -18,13 +19,14 @@ class UNetEncoder(nn.Module):
     """Levels of two convolution blocks with max pooling between them.
 
     Args: in_channels; width: channels of the first convolution, level i ends in 2 * width * 2**i; depth: number of levels; norm.
-    Attributes: channels: of each level, finest first. strides: voxels of the input per voxel of the level.
+    Attributes: channels: of each level, finest first. strides: voxels of the input per voxel of the level, by axis.
     """
 
     def __init__(self, in_channels: int = 1, *, width: int = 32, depth: int = 4, norm: Norm = "batch") -> None:
         super().__init__()
         self.channels = tuple(2 * width * 2**i for i in range(depth))
-        self.strides = tuple(2**i for i in range(depth))
+        self.strides = tuple(triple(2**i) for i in range(depth))
+        self.norm: Norm = norm
         levels = []
         incoming = in_channels
         for out in self.channels:
@@ -34,7 +36,11 @@ class UNetEncoder(nn.Module):
         self.pool = nn.MaxPool3d(2)
 
     def forward(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        """(B, C, X, Y, Z) -> the feature maps of all levels, finest first. Sides must be multiples of the last stride."""
+        """(B, C, X, Y, Z) -> the feature maps of all levels, finest first.
+
+        Raises: BadInput: sides that are no multiples of the last stride, or leave instance normalisation a single voxel.
+        """
+        check_sides(x_BCXYZ, self.strides[-1], norm=self.norm)
         features: list[Tensor] = []
         for level in self.levels:
             x_BCXYZ = level(self.pool(features[-1]) if features else x_BCXYZ)
@@ -75,7 +81,7 @@ class UNet(nn.Module):
 
     Args: in_channels; width: channels of the first convolution; depth: number of levels, 2 or more; norm: batch, instance or group;
         skips: concatenate the encoder's maps in the decoder (for segmentation), or not (PCRLv2's pretraining).
-    Attributes: encoder, decoder; arguments: what rebuilds it; stride: every side of the input must be a multiple of it.
+    Attributes: encoder, decoder; arguments: what rebuilds it; stride: by axis, the sides of the input must be multiples of it.
     """
 
     def __init__(self, in_channels: int = 1, *, width: int = 32, depth: int = 4, norm: Norm = "batch", skips: bool = False) -> None:

@@ -5,23 +5,20 @@ Reads what pretrain and finetune leave (docs/report.md lists the files). A part 
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import volssl
 from volssl import recipe as recipes
 from volssl.evaluate import MEAN, Score, summarise
 from volssl.files import BadInput, Outcome, read_csv, read_json, write_text
 from volssl.journal import read_metrics
+from volssl.page import embedded, render
 from volssl.pictures import curves_svg
 
 VERBS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
-# A path of the user's machine that found its way into a recipe or a message: two or more folders, a drive, or a home.
-PATH = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?(?:[/\\]+[^\s/\\\"'<>:,;]+){2,}[/\\]?")
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,13 @@ def run(runs: Sequence[Path], *, out: Path, overwrite: bool = False) -> Outcome:
     Args: runs: run folders, in the order of the page. out: the HTML file.
     Raises: BadInput: no run given; a folder that is not a run; `out` exists and `overwrite` is not set.
     """
-    from jinja2 import Environment, PackageLoader
-
     out = Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
         kind = "a folder" if out.is_dir() else "a file"
         raise BadInput(f"--out {out} must be a new file; found {kind}; choose another name, or --overwrite for a file")
     read = _read_all([Path(run) for run in runs])
-    environment = Environment(loader=PackageLoader("volssl"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "clean": _without_paths}
-    page = environment.get_template("report.html").render(
-        version=volssl.__version__,
+    page = render(
+        "report.html",
         sections=[_section(run) for run in read],
         comparison=_comparison([run for run in read if run.verb == "finetune" and run.findings]),
     )
@@ -149,7 +142,7 @@ def _section(run: Run) -> dict[str, Any]:
         "verb": VERBS[run.verb],
         "is_finetune": run.verb == "finetune",
         "facts": _facts(run),
-        "curves": _embedded(curves_svg(run.metrics), "svg+xml"),
+        "curves": embedded(curves_svg(run.metrics), "svg+xml"),
         "restorations": [(_step_of(path), _png(path)) for path in dict.fromkeys([*pictures[-1:], *pictures[:1]])],
         "overlays": _overlays(run),
         "labels": _label_rows(run.summary),
@@ -272,14 +265,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
-
-
-def _without_paths(text: object) -> str:
-    return PATH.sub("[path]", str(text))
-
-
 # ------------------------------------------------------------------------------------------------ several runs
 
 
@@ -308,8 +293,4 @@ def _differences(run: Run, reference: Run) -> list[tuple[str, str, dict[str, Any
 
 
 def _png(path: Path) -> str:
-    return _embedded(path.read_bytes(), "png")
-
-
-def _embedded(image: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}" if image else ""
+    return embedded(path.read_bytes(), "png")

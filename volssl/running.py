@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric import Fabric
 
-from volssl import processes
+from volssl import compiling, processes
 from volssl.draws import Draws
 from volssl.files import BadInput
 from volssl.methods.method import AbstractMethod
@@ -29,6 +29,7 @@ class Training:
         steps: optimiser steps. accumulate: batches per step. lr: peak. warmup: share of the steps in which it rises; then cosine to 0.
         optimizer: sgd (momentum 0.9, the reference's) or adamw. clip: largest gradient norm, 0 for none.
         precision: auto is bf16 on CUDA and on a CPU with bf16 dot products, else fp32; fp16 scales the loss.
+        compile: see `compiling.speed_up`.
     """
 
     steps: int = 75_000
@@ -39,6 +40,7 @@ class Training:
     weight_decay: float = 1e-4
     clip: float = 0.0
     precision: Precision = "auto"
+    compile: compiling.Compile = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ def start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], *, store
     """The method on its device with an optimiser per party. Args: made: the recipe's parts `training` and `patches`."""
     training: Training = made["training"]
     method.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    compiling.speed_up(method, training.compile, device=fabric.device, steps=training.steps)
     optimizers = {}
     for party, parameters in method.parties().items():
         if training.optimizer == "sgd":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from volssl.augment.crops import PairCrops, Tissue, overlap
+from volssl.augment.crops import PairCrops, Tissue, body_share, overlap
 from volssl.draws import Draws
 from volssl.files import BadInput
 
@@ -92,3 +92,10 @@ def test_tissue_rule_prefers_what_it_should_and_never_hangs():
     assert max(body("body", relative_to="output")) <= 0.15
     full = PairCrops(global_sizes_vox=sizes, tissue=Tissue(rule="body", attempts=3))
     assert sample(full, 1, x=torch.ones(1, 1, *PARENT))[0].start_B3.shape == (1, 3)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (9, 6, 11)])
+def test_body_share_is_the_mean_of_each_block(shape):
+    body = torch.rand(2, *shape) > 0.4
+    again = torch.nn.functional.avg_pool3d(body[:, None].float(), 4, ceil_mode=True, count_include_pad=False)[:, 0]
+    torch.testing.assert_close(body_share(body), again)

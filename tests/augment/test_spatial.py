@@ -6,7 +6,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from volssl.augment.intensity import gaussian_blur
-from volssl.augment.spatial import Affine, Box, rotation, take
+from volssl.augment.spatial import Affine, Box, by_gathers, compiled_sampler, rotation, take
+from volssl.compiling import trouble
 from volssl.draws import Draws
 
 
@@ -94,3 +95,73 @@ def test_blur_agrees_with_scipy_and_is_per_sample():
     for sample in range(3):
         reference = gaussian_filter(x[sample, 0].numpy(), sigma[sample].tolist(), mode="nearest", truncate=4.0)
         torch.testing.assert_close(ours[sample, 0], torch.from_numpy(reference), atol=2e-4, rtol=0)
+
+
+def turned_boxes(rows, step=0):
+    draws = Draws(0, step, 0, rows)
+    size = torch.randint(10, 30, (rows, 3), generator=torch.Generator().manual_seed(step)).float()
+    room = torch.tensor([40.0, 36.0, 30.0]) - size
+    return Box(draws.fork("start").uniform(0, 1, 3) * room, size), Affine(degrees=30).sample(draws)
+
+
+def test_eight_reads_equal_grid_sample():
+    x = torch.rand(3, 2, 40, 36, 30)
+    boxes, matrix = turned_boxes(3)
+    plain = take(x, boxes, (12, 10, 14), matrix_B33=matrix)
+    torch.testing.assert_close(take(x, boxes, (12, 10, 14), matrix_B33=matrix, sampler=by_gathers), plain, atol=2e-5, rtol=0)
+    outside = Box(torch.full((3, 3), -8.0), torch.full((3, 3), 30.0))
+    assert float((take(x, outside, (8, 8, 8)) == 0).float().mean()) > 0.3
+    torch.testing.assert_close(take(x, outside, (8, 8, 8), sampler=by_gathers), take(x, outside, (8, 8, 8)), atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_reads_equal_grid_sample():
+    if why := trouble("cpu"):
+        pytest.skip(f"no compiler here: {why}")
+    x = torch.rand(3, 1, 40, 36, 30)
+    sampler = compiled_sampler()
+    for step in range(2):
+        boxes, matrix = turned_boxes(3, step)
+        plain = take(x, boxes, (12, 10, 14), matrix_B33=matrix)
+        compiled = take(x, boxes, (12, 10, 14), matrix_B33=matrix, sampler=sampler)
+        torch.testing.assert_close(compiled, plain, atol=2e-5, rtol=0)
+        assert torch.equal(compiled, take(x, boxes, (12, 10, 14), matrix_B33=matrix, sampler=sampler))
+
+
+def test_a_row_is_cut_from_its_own_parent_whatever_stands_beside_it(monkeypatch):
+    x = torch.rand(2, 1, 40, 36, 30)
+    boxes, matrix = turned_boxes(6)  # three boxes per parent: rows 0 and 1 are the first boxes of parents 0 and 1, and so on
+    rows = take(x, boxes, (12, 10, 14), matrix_B33=matrix)
+    for r in range(6):
+        alone = Box(boxes.start_B3[r : r + 1], boxes.size_B3[r : r + 1])
+        torch.testing.assert_close(
+            rows[r : r + 1], take(x[r % 2 :][:1], alone, (12, 10, 14), matrix_B33=matrix[r : r + 1]), atol=2e-5, rtol=0
+        )
+    # Large windows are taken one by one on a CPU; that must not show.
+    monkeypatch.setattr("volssl.augment.spatial.SMALL", 1)
+    torch.testing.assert_close(take(x, boxes, (12, 10, 14), matrix_B33=matrix), rows, atol=2e-5, rtol=0)
+
+
+def test_bf16_is_interpolated_in_float32():
+    # In bf16 itself a place at 150 voxels would be known to within a voxel.
+    ramp = (torch.arange(160.0) / 160).view(1, 1, 160, 1, 1).expand(1, 1, 160, 8, 8).contiguous()
+    size = (80, 8, 8)
+    fine = take(ramp, box((0, 0, 0), (160, 8, 8)), size)
+    coarse = take(ramp.bfloat16(), box((0, 0, 0), (160, 8, 8)), size)
+    assert coarse.dtype == torch.bfloat16
+    torch.testing.assert_close(coarse.float(), fine, atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize("sides", [(70, 80, 96), (33, 40, 64), (9, 7, 5)])
+def test_banded_blur_agrees_with_scipy(sides):
+    x = torch.rand(1, 1, *sides)
+    for sigma in ([0.4, 0.3, 0.9], [2.0, 1.5, 1.9], [0.0, 0.0, 1.0]):
+        reference = gaussian_filter(x[0, 0].numpy(), sigma, mode="nearest", truncate=4.0)
+        torch.testing.assert_close(gaussian_blur(x, torch.tensor([sigma]))[0, 0], torch.from_numpy(reference), atol=2e-4, rtol=0)
+
+
+def test_blur_takes_a_window_of_a_larger_array_as_it_is():
+    x = torch.rand(1, 2, 50, 50, 50)
+    window = x[:, :, 3:43, 5:45, 2:42]
+    sigma = torch.tensor([[0.4, 0.3, 0.9]])
+    assert torch.equal(gaussian_blur(window, sigma), gaussian_blur(window.contiguous(), sigma))

@@ -15,20 +15,50 @@ from volssl.draws import Draws
 def gaussian_blur(x_BCXYZ: Tensor, sigma_B3: Tensor) -> Tensor:
     """Gaussian blur with own sigma (voxels) per sample and axis, edges repeated; sigma 0 leaves the axis as it is.
 
-    One small matrix product per axis: exact for any sigma, and batched where a convolution would need a kernel per sample.
+    Small matrix products along each axis: exact for any sigma, and batched where a convolution would need a kernel per sample. The
+    matrices are banded, so a block of rows reads only the columns near it.
     """
     sigma_B3 = sigma_B3.to("cpu", torch.float32)
-    over_x, over_y, over_z = (
-        _blur_matrix(sigma_B3[:, axis], x_BCXYZ.shape[2 + axis]).to(x_BCXYZ.device, x_BCXYZ.dtype, non_blocking=True) for axis in range(3)
-    )
-    y = (over_x[:, None] @ x_BCXYZ.flatten(3)).view_as(x_BCXYZ)
-    y = over_y[:, None, None] @ y
-    return (y.flatten(2, 3) @ over_z.mT[:, None]).view_as(x_BCXYZ)
+    (channels, *sides), y = x_BCXYZ.shape[1:], x_BCXYZ if x_BCXYZ.dtype == torch.float64 else x_BCXYZ.float()
+    # Y comes first since its product takes a window of a larger array as it is, without a copy.
+    for axis in (1, 0, 2):
+        sigma_B = sigma_B3[:, axis]
+        if not bool((sigma_B > 0).any()):
+            continue
+        weights = _blur_matrix(sigma_B, sides[axis]).to(x_BCXYZ.device, y.dtype, non_blocking=True)
+        if axis == 1:
+            y = _banded(weights.repeat_interleave(channels * sides[0], 0), y.flatten(0, 2), 1, _reach(sigma_B))
+        elif axis == 0:
+            y = _banded(weights.repeat_interleave(channels, 0), y.reshape(-1, sides[0], sides[1] * sides[2]), 1, _reach(sigma_B))
+        else:
+            y = _banded(weights, y.reshape(len(sigma_B), -1, sides[2]), 2, _reach(sigma_B))
+        y = y.view(x_BCXYZ.shape)
+    return y.to(x_BCXYZ.dtype)
+
+
+def _banded(weights_Bnn: Tensor, y_Bnn: Tensor, axis: int, reach: int) -> Tensor:
+    """weights @ y (axis 1) or y @ weights.T (axis 2), where the weights are 0 further than `reach` off the diagonal."""
+    side = weights_Bnn.shape[1]
+    block = 16 if reach <= 4 else 32
+    if side <= 2 * block or y_Bnn.device.type != "cpu":
+        return weights_Bnn @ y_Bnn if axis == 1 else y_Bnn @ weights_Bnn.mT
+    result = y_Bnn.new_empty(y_Bnn.shape)
+    for first in range(0, side, block):
+        rows, near = slice(first, first + block), slice(max(first - reach, 0), first + block + reach)
+        if axis == 1:
+            result[:, rows] = weights_Bnn[:, rows, near] @ y_Bnn[:, near]
+        else:
+            result[:, :, rows] = y_Bnn[:, :, near] @ weights_Bnn[:, rows, near].mT
+    return result
+
+
+def _reach(sigma_B: Tensor) -> int:
+    return max(1, int(4 * float(sigma_B.max()) + 0.5))
 
 
 def _blur_matrix(sigma_B: Tensor, side: int) -> Tensor:
     # Row i holds the weights of the Gaussian about voxel i, cut at 4 sigma as scipy does; what falls outside goes to the edge voxel.
-    reach = max(1, int(4 * float(sigma_B.max()) + 0.5))
+    reach = _reach(sigma_B)
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
     weights = torch.exp(-0.5 * (offsets / sigma_B[:, None].clamp(min=1e-3)) ** 2)
     weights = torch.where(offsets.abs() <= (4 * sigma_B[:, None] + 0.5).floor(), weights, 0.0)

@@ -47,6 +47,9 @@ class AbstractMethod(nn.Module, ABC):
         """Parameters by party; each gets an optimiser of its own."""
         return {"all": list(self.parameters())}
 
+    def compile_views(self) -> None:
+        """Compile what of the views pays for it; nothing unless a method says so."""
+
     def after_step(self, progress: float) -> None:
         """What happens after a step, such as a moving average."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from volssl.augment.corrupt import PatchSwap
 from volssl.augment.crops import PairCrops
 from volssl.augment.intensity import Blur, Gamma, Noise, zscore
-from volssl.augment.spatial import Affine, Box, take
+from volssl.augment.spatial import Affine, Box, Sampler, compiled_sampler, take
 from volssl.draws import Draws, generator
 from volssl.files import BadInput
 from volssl.losses import siamese_distance
@@ -41,6 +41,15 @@ class Corruption:
     noise: Noise = Noise()
     gamma: Gamma = Gamma()
     swap: PatchSwap = PatchSwap()
+
+    def seen(self, crop: Tensor, draws: Draws, *, swap: bool) -> Tensor:
+        """What the network sees of clean crops (B, 1, X, Y, Z): corrupted, for globals with the swap, and z-scored."""
+        chain = {"blur": self.blur, "noise": self.noise, "gamma": self.gamma}
+        if swap:
+            chain["swap"] = self.swap
+        for name, transform in chain.items():
+            crop = transform.apply(crop, transform.sample(draws.fork(name)))
+        return zscore(crop)
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,7 @@ class PCRLv2(AbstractMethod):
         self.crops, self.geometry, self.corruption = crops, geometry, corruption
         self.restoration, self.comparison = restoration, comparison
         self.global_vox, self.local_vox = out_vox
+        self.sampler: Sampler | None = None
         channels, norm = self.net.decoder.channels, self.net.arguments["norm"]
         self.comparison_heads = nn.ModuleList(ComparisonHead(c) for c in channels)
         self.mid_heads = nn.ModuleList(MidRestorationHead(c, kind=restoration.head, norm=norm) for c in channels)
@@ -168,13 +178,13 @@ class PCRLv2(AbstractMethod):
         seen = []
         for name, box in zip(("one", "other"), boxes[:2], strict=True):
             stream = draws.fork(name)
-            target = take(x_BCXYZ, box, self.global_vox, matrix_B33=self.geometry.sample(stream), spacing_mm=spacing_mm)
-            seen.append(View(self._corrupt(target, stream, swap=True), target))
+            target = self._take(x_BCXYZ, box, self.global_vox, draws=stream, spacing_mm=spacing_mm)
+            seen.append(View(self.corruption.seen(target, stream, swap=True), target))
         locals_ = []
         for i, box in enumerate(boxes[2]):
             stream = draws.fork(f"local{i}")
-            crop = take(x_BCXYZ, box, self.local_vox, matrix_B33=self.geometry.sample(stream), spacing_mm=spacing_mm)
-            locals_.append(self._corrupt(crop, stream, swap=False))
+            crop = self._take(x_BCXYZ, box, self.local_vox, draws=stream, spacing_mm=spacing_mm)
+            locals_.append(self.corruption.seen(crop, stream, swap=False))
         # The scales are drawn from the step alone: all samples, and all processes, share them.
         scales = generator(draws.seed, "scales", draws.step).integers(len(self.comparison_heads), size=1 + 2 * len(locals_))
         if self.comparison.scales == "shared":
@@ -182,14 +192,12 @@ class PCRLv2(AbstractMethod):
         local_views = torch.cat(locals_) if locals_ else x_BCXYZ.new_empty(0)
         return Views(seen[0], seen[1], local_views, (*boxes[:2], *boxes[2]), int(scales[0]), tuple(scales[1:].tolist()))
 
-    def _corrupt(self, crop: Tensor, draws: Draws, *, swap: bool) -> Tensor:
-        chain = {"blur": self.corruption.blur, "noise": self.corruption.noise, "gamma": self.corruption.gamma}
-        if swap:
-            chain["swap"] = self.corruption.swap
-        seen = crop
-        for name, transform in chain.items():
-            seen = transform.apply(seen, transform.sample(draws.fork(name)))
-        return zscore(seen)
+    def _take(self, x_BCXYZ: Tensor, box: Box, size: Size, *, draws: Draws, spacing_mm: tuple[float, float, float]) -> Tensor:
+        return take(x_BCXYZ, box, size, matrix_B33=self.geometry.sample(draws), spacing_mm=spacing_mm, sampler=self.sampler)
+
+    def compile_views(self) -> None:
+        """Compile the resampling of the views."""
+        self.sampler = compiled_sampler()
 
     def turns(self, views: Views, progress: float) -> Iterator[Turn]:
         """One turn with all terms; terms that are switched off are absent."""

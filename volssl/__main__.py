@@ -143,7 +143,7 @@ Recipe = _option(str, "A recipe file, or the name of a shipped recipe.")
 Workers = _option(int, "Processes that work beside this one; 0: none, this one does it all.", min=0)
 Resume = _option(bool, "Go on in --out where an earlier call stopped.", "--resume")
 Overwrite = _option(bool, "Replace what an earlier call left in --out.", "--overwrite")
-Labels = _option(Any, "Share (0.1) or count (12) of the training cases to use.", parser=share_or_count, metavar="SHARE|COUNT")
+Labels = _option(Any, "Share (0.1) or count (12) of the training patients to use.", parser=share_or_count, metavar="SHARE|COUNT")
 Overrides = Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)]
 ENDINGS: dict[str, tuple[Any, Any]] = {"resume": (Resume, False), "overwrite": (Overwrite, False)}
 OVERRIDES: dict[str, tuple[Any, Any]] = {"overrides": (Overrides, ())}

@@ -218,7 +218,13 @@ class LabelledPatches:
         if self._used_bytes <= self.sampling.memory_gb * 1e9:
             return np.ascontiguousarray(array)
         path = Path(self._folder.name) / f"{self._used_bytes}.npy"
-        np.save(path, array)
+        try:
+            np.save(path, array)
+        except OSError as error:  # numpy tells a full disk in its own words
+            raise BadInput(
+                f"sampling.memory_gb: prepared cases beyond {self.sampling.memory_gb:g} GB need room in the temporary folder "
+                f"({path.parent.parent}); it cannot be written: {error}; raise memory_gb, or set TMPDIR to a folder with more room"
+            ) from None
         return np.load(path, mmap_mode="r")
 
     def batch(self, step: int, device: torch.device | str = "cpu") -> Batch:

@@ -140,7 +140,7 @@ def run(predictions: Path, references: Path, *, recipe: str | Path, out: Path, o
     predicted, expected = _maps(Path(predictions), "predictions"), _maps(Path(references), "references")
     if labels is None:
         labels = _all_values(list(expected.values()))
-    out = claim_out(Path(out), overwrite=overwrite)
+    out = claim_out(Path(out), overwrite=overwrite, inputs=(predictions, references))
     scores: list[Score] = []
     failures: list[dict[str, str]] = []
     names = sorted(predicted.keys() | expected.keys())
@@ -160,7 +160,12 @@ def _labels_of(recipe: str | Path) -> dict[str, int] | None:
     labels = recipes.load(recipe, verb="finetune").get("labels")
     if labels is not None and not isinstance(labels, dict):
         raise BadInput(f"recipe {recipe}: labels must be a mapping of names to values, or null; found {labels!r}")
-    return None if labels is None else whole_numbers(labels, f"recipe {recipe}: labels")
+    if labels is None:
+        return None
+    values = whole_numbers(labels, f"recipe {recipe}: labels")
+    if not values or len(set(values.values())) != len(values):
+        raise BadInput(f"recipe {recipe}: labels must be names with values of their own above 0; found {labels}")
+    return values
 
 
 def _score_files(case: str, predicted: Path | None, expected: Path | None, labels: Mapping[str, int]) -> list[Score]:

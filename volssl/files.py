@@ -33,36 +33,48 @@ class Outcome:
     message: str = ""
 
 
-def claim_out(out: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+def claim_out(out: Path, *, resume: bool = False, overwrite: bool = False, inputs: Sequence[Path] = ()) -> Path:
     """Make the folder `out`, or refuse it.
 
-    A folder that holds files is refused unless `resume` (its contents stay) or `overwrite` (its contents go).
-    Raises: BadInput: if it is a file, is in use without a flag, or both flags are set.
+    A folder that holds files is refused unless `resume` (its contents stay) or `overwrite` (its contents go, unless one of `inputs`
+    is or lies among them).
+    Raises: BadInput: as `check_out`.
     """
     out = Path(out)
+    check_out(out, resume=resume, overwrite=overwrite, inputs=inputs)
+    if overwrite and out.is_dir():
+        _empty(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def check_out(out: Path, *, resume: bool = False, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Refuse what `claim_out` would refuse, and touch nothing: for a verb that reads for minutes before it writes.
+
+    Raises: BadInput: if `out` is a file, is in use without a flag, holds an input that --overwrite would delete, or both flags are set.
+    """
     if resume and overwrite:
         raise BadInput("--resume and --overwrite exclude each other; give one of them")
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} must be a folder; found a file; choose another name")
-    if out.is_dir() and any(out.iterdir()):
-        if overwrite:
-            _empty(out)
-        elif not resume:
-            raise BadInput(
-                f"--out {out} must be new or empty; found {sum(1 for _ in out.iterdir())} entries; "
-                "choose another folder, or give --resume to continue or --overwrite to replace it"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not resume and not overwrite:
+        raise BadInput(
+            f"--out {out} must be new or empty; found {sum(1 for _ in out.iterdir())} entries; "
+            "choose another folder, or give --resume to continue or --overwrite to replace it"
+        )
+    # --overwrite deletes a tree: only one that volssl itself left, never a home folder given by mistake, and never what it is to read.
+    if overwrite and not any((out / mark).exists() for mark in MARKS):
+        raise BadInput(f"--overwrite {out}: must be a folder that volssl wrote (with one of {', '.join(MARKS)}); delete it yourself")
+    if overwrite and (lost := [path for path in inputs if Path(path).resolve().is_relative_to(out.resolve())]):
+        raise BadInput(f"--overwrite {out}: would delete the input {lost[0]}; choose another --out")
 
 
 MARKS = ("recipe.yaml", "store.json", "index.csv", "summary.json", "environment.json", "demo.json", "cases.csv", "card.json")
 
 
 def _empty(folder: Path) -> None:
-    # --overwrite deletes a tree: only one that volssl itself left, never a home folder given by mistake.
-    if not any((folder / mark).exists() for mark in MARKS):
-        raise BadInput(f"--overwrite {folder}: must be a folder that volssl wrote (with one of {', '.join(MARKS)}); delete it yourself")
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -17,12 +17,12 @@ import torch
 
 from volssl import recipe as recipes
 from volssl.archive import write_nifti
-from volssl.cases import Augmentation, Folds, LabelledPatches, Sampling, labelled_share, read_case, split
+from volssl.cases import Augmentation, Folds, LabelledPatches, Prepared, Sampling, labelled_share, read_case, split
 from volssl.checkpoints import Checkpoints, StopSignal
 from volssl.datasets import Case, CaseTable, open_dataset
 from volssl.evaluate import MEAN, Score, score_case, write_scores
 from volssl.export import bundle
-from volssl.files import BadInput, Outcome, claim_out, read_json, track, write_json
+from volssl.files import BadInput, Outcome, check_out, claim_out, read_json, track, write_json
 from volssl.fitting import Optimisation, Saving, kept, start, train
 from volssl.journal import Journal, write_environment
 from volssl.nets.heads import SegmentationNet
@@ -79,6 +79,10 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
 
     Raises: BadInput: before `out` is touched for anything that cannot work; NotFinite: for a loss that is not finite.
     """
+    out = Path(out)
+    claim = {"resume": options.resume, "overwrite": options.overwrite}
+    inputs = [Path(path) for path in (data, options.weights) if path is not None]
+    check_out(out, **claim, inputs=inputs)
     values = recipes.load(recipe, options.overrides, verb="finetune")
     made = recipes.parse(values, PARTS, str(recipe))
     table = _labelled(open_dataset(Path(data), made["data"].layout), made["labels"])
@@ -89,12 +93,16 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     rest = [case for number, fold in enumerate(folds) if number != options.fold for case in fold]
     chosen = labelled_share(rest, options.labels, made["folds"].seed)
     plan = _plan(made, table)
-    net = _first_weights(plan, made, options)
+    given = bundle.load_bundle(Path(options.weights)) if options.weights is not None else None
+    net = _first_weights(plan, given, made=made, seed=options.seed)
     patches = LabelledPatches(
         table, train=chosen, held_out=held_out, preparation=plan.preparation, sampling=made["sampling"], seed=options.seed
     )
-    out = claim_out(Path(out), resume=options.resume, overwrite=options.overwrite)
-    _same_run(out, values, _splits(folds, chosen, held_out, made, options), resume=options.resume)
+    if given is not None and plan.preparation.spacing_mm is None and not made["optimisation"].accept_mismatch:
+        _same_voxels(patches.cases, given.card)
+    splits = _splits(folds, chosen, held_out, made, options) | {"weights_sha256": given.card["sha256"] if given else None}
+    claim_out(out, **claim, inputs=inputs)
+    _same_run(out, values, splits, resume=options.resume)
     current = start(plan, net, made, patches, seed=options.seed)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if options.resume and (state := checkpoints.load()) is not None:
@@ -111,17 +119,21 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
 
 def _labelled(table: CaseTable, labels: dict[str, int] | None) -> CaseTable:
     """The table with the recipe's labels, where it names some."""
-    if labels is None:
-        return table
-    faults = [f"{name}: value must be 1 to 255 and its own; found {value}" for name, value in labels.items() if not 1 <= value <= 255]
-    if len(set(labels.values())) != len(labels) or not labels:
-        faults.append(f"every label must have its own value; found {labels}")
-    unknown = sorted(set(labels.values()) - set(table.labels.values()))
+    given = table.labels if labels is None else labels
+    faults = [f"{name}: value must be 1 to 255 and its own; found {value}" for name, value in given.items() if not 1 <= value <= 255]
+    if len(set(given.values())) != len(given) or not given:
+        faults.append(f"every label must have its own value; found {given}")
+    faults += [
+        f"{name}: value must be the data set's, {table.labels[name]}; found {value}"
+        for name, value in given.items()
+        if table.labels.get(name, value) != value
+    ]
+    unknown = sorted(set(given.values()) - set(table.labels.values()))
     if unknown:
         faults.append(f"values must be among the data set's, {table.labels}; found {unknown}")
     if faults:
         raise BadInput("labels: " + "; ".join(faults))
-    return dataclasses.replace(table, labels=dict(sorted(labels.items(), key=lambda item: item[1])))
+    return dataclasses.replace(table, labels=dict(sorted(given.items(), key=lambda item: item[1])))
 
 
 def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
@@ -145,13 +157,12 @@ def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
     )
 
 
-def _first_weights(plan: Plan, made: dict[str, Any], options: Options) -> SegmentationNet:
+def _first_weights(plan: Plan, given: bundle.Bundle | None, *, made: dict[str, Any], seed: int) -> SegmentationNet:
     # The first weights depend on the seed alone, whatever ran in this process before; the decoder's are the same with and without a bundle.
     with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
+        torch.manual_seed(seed)
         net = plan.network()
-    if options.weights is not None:
-        given = bundle.load_bundle(Path(options.weights))
+    if given is not None:
         _fits(plan.preparation, given.card, accept=made["optimisation"].accept_mismatch)
         bundle.into(net.net.encoder, given)  # type: ignore[arg-type]
     return net
@@ -177,6 +188,22 @@ def _fits(preparation: Preparation, card: dict[str, Any], *, accept: bool) -> No
         )
 
 
+def _same_voxels(cases: list[Prepared], card: dict[str, Any]) -> None:
+    # Where the recipe keeps each image's own spacing, the images themselves must have the bundle's.
+    wanted = tuple(card["spacing_mm"])
+    other = [case for case in cases if not _same(case.spacing_mm, wanted)]
+    if other:
+        raise BadInput(
+            f"preparation.spacing_mm is null, so every image must have the bundle's voxels of {wanted} mm; found others in {len(other)} of "
+            f"{len(cases)} training cases, such as {_rounded(other[0].spacing_mm)} mm in {other[0].case_id}; set "
+            f"preparation.spacing_mm={list(wanted)} (or optimisation.accept_mismatch=true)"
+        )
+
+
+def _rounded(spacing_mm: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(round(step, 3) for step in spacing_mm)
+
+
 def _same(found: Any, wanted: Any) -> bool:
     return bool(np.allclose(found, wanted, rtol=0.02)) if isinstance(wanted, tuple) else found == wanted
 
@@ -185,13 +212,11 @@ def _splits(folds: list[list[Case]], train: list[Case], held_out: list[Case], ma
     def names(cases: list[Case]) -> list[str]:
         return [case.case_id for case in cases]
 
-    weights = bundle.load_bundle(Path(options.weights)).card["sha256"] if options.weights is not None else None
     return {
         "fold": options.fold,
         "labels": options.labels,
         "seed": options.seed,
         "split_seed": made["folds"].seed,
-        "weights_sha256": weights,
         "train": names(train),
         "validation": names(held_out),
         "folds": [names(fold) for fold in folds],
@@ -199,6 +224,8 @@ def _splits(folds: list[list[Case]], train: list[Case], held_out: list[Case], ma
 
 
 def _same_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resume: bool) -> None:
+    if resume and any(out.iterdir()) and not (out / "recipe.yaml").exists():
+        raise BadInput(f"--resume {out}: must be a run that finetune began, or empty; found no recipe.yaml in it; choose another folder")
     if resume and (out / "recipe.yaml").exists() and (out / "splits.json").exists():
         before = recipes.load(out / "recipe.yaml", verb="finetune")
         changed = sorted(key for key in before.keys() | values.keys() if before.get(key) != values.get(key) and key != "saving")
@@ -223,7 +250,8 @@ def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case]) -
         of_case = score_case(case.case_id, Volume(predicted[None], image.grid), reference, table.labels)
         scores += of_case
         overlay = _overlay(image, Volume(predicted[None], image.grid), reference, of_case, table.labels)
-        overlay_png(out / "pictures" / f"overlay_{number:04d}.png", overlay, title=case.case_id)
+        # A picture goes into reports that are passed on: it bears the case's number in splits.json, not its name.
+        overlay_png(out / "pictures" / f"overlay_{number:04d}.png", overlay, title=f"case {number}")
     mean = write_scores(out / "validation", scores)["metrics"][MEAN]["dice"]["mean"]
     return Outcome(out, message=f"mean Dice {mean:.4f} over {len(held_out)} held-out cases and {len(table.labels)} labels")
 

@@ -6,7 +6,6 @@ import json
 import math
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from volssl.files import write_json, write_text
 class Journal:
     """Appends one JSON object per log step to `metrics.jsonl` and the same numbers to TensorBoard.
 
-    On resume, lines after the step resumed from are cut off, so that the file reads as if the run had never stopped.
+    On resume, lines after the step resumed from are cut off and `seconds` goes on from the last line kept, so that the file reads as if
+    the run had never stopped.
 
     Args: out: the run's folder. steps_done: 0 for a new run. silent: write nothing, for all processes of a run but the first.
     """
@@ -39,6 +39,7 @@ class Journal:
 
         self._path = out / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= steps_done]
+        self._seconds_before = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
         write_text(self._path, "".join(line + "\n" for line in kept))
         self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
@@ -54,6 +55,8 @@ class Journal:
         """Write the numbers of one step; names as in the contract (`loss/restore`, `lr`). A number that is not finite becomes null."""
         if self._silent:
             return
+        if "seconds" in numbers:
+            numbers["seconds"] += self._seconds_before
         row: dict[str, Any] = {"step": step, "progress": round(progress, 6)}
         row |= {name: round(value, 8) if math.isfinite(value) else None for name, value in numbers.items()}
         self._stream.write(json.dumps(row) + "\n")
@@ -118,7 +121,6 @@ def write_environment(out: Path, *, device: torch.device, precision: str, seed: 
             "threads": torch.get_num_threads(),
             "precision": precision,
             "seed": seed,
-            "verb": sys.argv[1] if len(sys.argv) > 1 and sys.argv[1].isalpha() else None,
             "packages": {
                 name: _version(name) for name in ("torch", "lightning", "monai", "numpy", "scipy", "blosc2", "SimpleITK", "nibabel")
             },

@@ -30,6 +30,7 @@ DPI = 110
 WIDTH_INCH = 11.0
 
 CURVE_NAMES = {
+    "grad_norm": "gradient norm",
     "lr": "learning rate",
     "samples_per_second": "samples per second",
     "data_wait_share": "share of time waiting for data",
@@ -204,10 +205,13 @@ def _contour(panel: Any, mask: np.ndarray, colour: str, style: Any) -> None:
 
 
 def _letters(panel: Any, plane: str) -> None:
+    from matplotlib.patheffects import withStroke
+
+    # White with a dark rim is read on bone and on air alike.
+    style = {"transform": panel.transAxes, "color": "white", "fontsize": 9, "path_effects": [withStroke(linewidth=2.4, foreground=DARK)]}
     for letter, x in zip(EDGES[plane], (0.02, 0.98), strict=True):
-        side = "left" if x < 0.5 else "right"
-        panel.text(x, 0.5, letter, transform=panel.transAxes, color="#d0d0d0", fontsize=8, ha=side, va="center")
-    panel.text(0.02, 0.02, plane, transform=panel.transAxes, color="#d0d0d0", fontsize=8, ha="left", va="bottom")
+        panel.text(x, 0.5, letter, ha="left" if x < 0.5 else "right", va="center", **style)
+    panel.text(0.02, 0.02, plane, ha="left", va="bottom", **style)
 
 
 def _legend(figure: Figure, case: Overlay) -> None:

@@ -46,7 +46,7 @@ def run(run: Path, inputs: Sequence[Path], *, out: Path, format: str = "nifti", 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = read_model(Path(run), device)
     items, failures = _items([Path(path) for path in inputs], channels=len(model.plan.channels))
-    out = claim_out(Path(out), overwrite=overwrite)
+    out = claim_out(Path(out), overwrite=overwrite, inputs=(run, *inputs))
     write_environment(out, device=device, precision="32-true", seed=0)
     for item in track(items, total=len(items), label="predict"):
         try:

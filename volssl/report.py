@@ -1,4 +1,4 @@
-"""Verb report: run folders -> one self-contained HTML page that opens offline. It names no path and no scan.
+"""Verb report: run folders -> one self-contained HTML page that opens offline. It names no path, no scan and no case.
 
 Reads what pretrain and finetune leave (docs/report.md lists the files). A part that a run did not leave is said to be missing.
 """
@@ -47,7 +47,11 @@ class Run:
     splits: dict[str, Any]  # of a fine-tuning
     summary: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def number_of(self, case: str) -> str:
+        """How the page calls a case: its place among splits.json's validation cases, which is also the number of its picture."""
+        order = self.splits.get("validation", [])
+        return f"case {order.index(case)}" if case in order else "a case that splits.json does not hold"
 
 
 def run(runs: Sequence[Path], *, out: Path, overwrite: bool = False) -> Outcome:
@@ -114,7 +118,6 @@ def _read(folder: Path, name: str) -> Run:
         splits=_optional_json(folder / "splits.json"),
         summary=_optional_json(validation / "summary.json"),
         findings=[_finding(row) for row in _optional_csv(validation / "cases.csv")],
-        failures=_optional_csv(folder / "failures.csv") + _optional_csv(validation / "failures.csv"),
     )
 
 
@@ -147,9 +150,8 @@ def _section(run: Run) -> dict[str, Any]:
         "overlays": _overlays(run),
         "labels": _label_rows(run.summary),
         "case_labels": list(dict.fromkeys(finding.label for finding in run.findings)),
-        "cases": _case_rows(run.findings),
-        "notes": [finding for finding in run.findings if finding.note],
-        "failures": run.failures,
+        "cases": [(run.number_of(case), *rest) for case, *rest in _case_rows(run.findings)],
+        "notes": _notes(run),
         "recipe": run.recipe_text,
         "environment": _flat(run.environment),
     }
@@ -206,6 +208,15 @@ def _times(values: Any, unit: str) -> str | None:
     return " × ".join(f"{value:g}" for value in values) + f" {unit}" if values else None
 
 
+def _notes(run: Run) -> list[tuple[str, str, str]]:
+    """Label, note, and the cases it was made of."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for finding in run.findings:
+        if finding.note:
+            cases.setdefault((finding.label, finding.note), []).append(run.number_of(finding.case))
+    return [(label, note, ", ".join(of_note)) for (label, note), of_note in cases.items()]
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -230,7 +241,7 @@ def _overlays(run: Run) -> list[tuple[str, str, float, str]]:
     for case, role in roles.items():
         # Pictures are numbered in the order of the validation cases.
         path = run.folder / "pictures" / f"overlay_{order.index(case) if case in order else -1:04d}.png"
-        found.append((role, case, means[case], _png(path) if path.exists() else ""))
+        found.append((role, run.number_of(case), means[case], _png(path) if path.exists() else ""))
     return found
 
 

@@ -102,6 +102,13 @@ def whole_numbers(labels: Mapping[str, Any], where: str) -> dict[str, int]:
     return {str(name): int(value) for name, value in labels.items() if int(value) != 0}
 
 
+def numbered(names: Any, where: str) -> tuple[str, ...]:
+    """The names of a mapping "0", "1", ... -> name, in order. Raises: BadInput: for anything else."""
+    if not isinstance(names, dict) or set(names) != {str(number) for number in range(len(names))} or not names:
+        raise BadInput(f'{where}: must map the channels, "0", "1", ... without a gap, to their names; found {names!r}')
+    return tuple(str(names[str(number)]) for number in range(len(names)))
+
+
 def stem(path: Path) -> str:
     """File name without its image suffix: `case_1.nii.gz` -> `case_1`."""
     for suffix in SUFFIXES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from volssl.datasets import Case, CaseTable, stem, whole_numbers
+from volssl.datasets import Case, CaseTable, numbered, stem, whole_numbers
 from volssl.files import BadInput, read_json
 
 
@@ -34,12 +34,13 @@ def find_cases(root: Path) -> CaseTable:
     for number, pair in enumerate(values["training"]):
         if not isinstance(pair, dict) or not isinstance(pair.get("image"), str):
             raise BadInput(f"{path}: training[{number}] must be a mapping with `image` and `label`; found {pair!r}")
+        if not isinstance(pair.get("label"), str | None):
+            raise BadInput(f"{path}: training[{number}].label must be a file name; found {pair['label']!r}")
         image = root / pair["image"]
         cases.append(Case(stem(image), stem(image), (image,), root / pair["label"] if pair.get("label") else None))
     # The Decathlon writes value -> name.
     labels = whole_numbers({name: value for value, name in values["labels"].items()}, f"{path}: labels")
-    modality = values.get("modality", {"0": "image"})
-    return CaseTable(tuple(cases), labels, tuple(modality[key] for key in sorted(modality, key=int)))
+    return CaseTable(tuple(cases), labels, numbered(values.get("modality", {"0": "image"}), f"{path}: modality"))
 
 
 def _read(path: Path) -> dict[str, Any]:

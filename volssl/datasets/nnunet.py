@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from volssl.datasets import Case, CaseTable, whole_numbers
+from volssl.datasets import Case, CaseTable, numbered, whole_numbers
 from volssl.files import BadInput, read_json
 
 
@@ -30,17 +30,20 @@ def find_cases(root: Path) -> CaseTable:
     faults = [f"{key} must be a {kind.__name__}" for key, kind in kinds if not isinstance(values.get(key), kind)]
     if faults:
         raise BadInput(f"{path}: {'; '.join(faults)}")
-    names = values["channel_names"]
-    channels = tuple(str(names[key]) for key in sorted(names, key=int))
+    channels = numbered(values["channel_names"], f"{path}: channel_names")
     cases = (
-        _listed(root, values["dataset"])
+        _listed(root, values["dataset"], f"{path}: dataset")
         if isinstance(values.get("dataset"), dict)
         else _scanned(root, values["file_ending"], len(channels))
     )
     return CaseTable(tuple(cases), whole_numbers(values["labels"], f"{path}: labels"), channels)
 
 
-def _listed(root: Path, given: dict[str, Any]) -> list[Case]:
+def _listed(root: Path, given: dict[str, Any], where: str) -> list[Case]:
+    for name, entry in given.items():
+        images = entry.get("images") if isinstance(entry, dict) else None
+        if not isinstance(images, list) or not all(isinstance(file, str) for file in [*images, entry.get("label")]):
+            raise BadInput(f"{where}: {name} must be a mapping with `images`, a list of files, and `label`, a file; found {entry!r}")
     return [Case(name, name, tuple(root / image for image in entry["images"]), root / entry["label"]) for name, entry in given.items()]
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,45 @@ def real_data() -> Path:
             pytest.fail(f"real scans must be there in CI; found no folder {folder}; set VOLSSL_TEST_DATA")
         pytest.skip("no real scans here; set VOLSSL_TEST_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`small_disk("64k")` gives a disk of that size; asked again, the same disk with another size. Skips where mounting is not allowed."""
+    folder = tmp_path / "disk"
+
+    def of(size: str) -> Path:
+        how = f"remount,size={size}" if folder.exists() else f"size={size}"
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("may not mount a tmpfs here")
+        return folder
+
+    yield of
+    if folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def no_room_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`no_room_after(3)`: three more files are written, and then each fails as on a full disk."""
+
+    def fill(files: int) -> None:
+        left = [files]
+        sync = os.fsync
+
+        def full(handle: int) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(handle)
+
+        # Every file goes through volssl.files.atomic, which syncs it and then, by another handle, its folder.
+        monkeypatch.setattr("volssl.files.os.fsync", full)
+        monkeypatch.setattr("volssl.files._sync_folder", lambda folder: None)
+
+    return fill
 
 
 def oblique_grid(shape_vox=(24, 20, 12), spacing_mm=(1.5, 1.75, 3.0)) -> Grid:

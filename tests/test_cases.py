@@ -138,3 +138,12 @@ def test_channels_are_counted(tmp_path):
     table = open_dataset(write_msd(tmp_path, channels=2))
     with pytest.raises(BadInput, match="must have 2 channel"):
         read_case(table.cases[0], table)
+
+
+def test_no_room_for_prepared_cases_names_the_setting(table, monkeypatch):
+    def full(path, array):
+        raise OSError("5760 requested and 3968 written")
+
+    monkeypatch.setattr("volssl.cases.np.save", full)
+    with pytest.raises(BadInput, match=r"sampling\.memory_gb.*3968 written.*TMPDIR"):
+        patches(table, Sampling(patch_vox=(16, 16, 16), batch_size=2, memory_gb=0.0))

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from volssl import demo, recipe
+from volssl.__main__ import run_verb
 from volssl.files import BadInput, Outcome, read_csv, read_json
 
 STAGES = ["phantoms, DICOM", "phantoms, labelled", "index", "prepare", "pretrain"]
@@ -67,3 +68,13 @@ def test_a_folder_in_use_and_a_negative_seed_are_refused(tmp_path):
         demo.run(out=tmp_path)
     with pytest.raises(BadInput, match="seed"):
         demo.run(out=tmp_path / "demo", seed=-1)
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch, small_disk, capsys):
+    for name, value in {"PATIENTS": 2, "CASES": 2, "TESTS": 1, "SIZE_VOX": 32}.items():
+        monkeypatch.setattr(demo, name, value)
+    out = small_disk("64k") / "demo"
+    assert run_verb("demo", {"out": out}) == 2
+    assert f"--out {out}: No space left on device" in capsys.readouterr().err
+    assert not list(out.rglob(".tmp-*"))
+    assert read_json(out / "demo.json")["finished"] is False

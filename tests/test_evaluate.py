@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from volssl.__main__ import run_verb
 from volssl.archive import write_nifti
 from volssl.evaluate import Score, dice, run, score_case, summarise
 from volssl.files import BadInput, read_csv
@@ -135,3 +136,31 @@ def test_the_interval_is_the_same_every_time():
     assert summarise(scores) == summarise(scores)
     low, high = summarise(scores)["metrics"]["liver"]["dice"]["ci95"]
     assert low < 0.45 < high
+
+
+@pytest.mark.parametrize("labels", ["{}", "{background: 0}", "{liver: 1, lesion: 1}", "{liver: 1.5}", "3"])
+def test_labels_must_name_something_each_with_its_value(folders, labels):
+    predictions, references, recipe, out = folders
+    recipe.write_text(f"verb: finetune\nlabels: {labels}\n")
+    with pytest.raises(BadInput, match="label"):
+        run(predictions, references, recipe=recipe, out=out)
+    assert not out.exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_room_mends_it(folders, small_disk, capsys):
+    predictions, references, recipe, _ = folders
+    wanted = {"predictions": predictions, "references": references, "recipe": recipe, "out": small_disk("4k") / "out"}
+    assert run_verb("evaluate", wanted) == 2
+    assert f"--out {wanted['out']}: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in wanted["out"].iterdir()] == ["failures.csv"]
+    small_disk("1m")
+    assert run_verb("evaluate", wanted | {"out": wanted["out"].with_name("again")}) == 0
+
+
+@pytest.mark.parametrize("files", range(3))
+def test_a_disk_that_fills_up_at_any_file_is_one_clear_error(folders, no_room_after, files, capsys):
+    predictions, references, recipe, out = folders
+    no_room_after(files)
+    assert run_verb("evaluate", {"predictions": predictions, "references": references, "recipe": recipe, "out": out}) == 2
+    assert f"--out {out}: No space left on device" in capsys.readouterr().err
+    assert len(list(out.iterdir())) == files

@@ -75,3 +75,24 @@ def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a").startswith("ba7816bf")
     assert json.dumps(files.Outcome(tmp_path).failed) == "0"
+
+
+def test_overwrite_never_deletes_what_is_to_be_read(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("x")
+    (tmp_path / "data").mkdir()
+    for given in (tmp_path / "data", tmp_path, tmp_path / "elsewhere" / ".." / "data"):
+        with pytest.raises(BadInput, match="would delete the input"):
+            files.claim_out(tmp_path, overwrite=True, inputs=[given])
+    assert (tmp_path / "recipe.yaml").exists()
+    files.claim_out(tmp_path, overwrite=True, inputs=[tmp_path.parent, tmp_path.parent / "other"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_looking_at_out_touches_nothing(tmp_path):
+    files.check_out(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "recipe.yaml").write_text("x")
+    files.check_out(tmp_path, overwrite=True)
+    assert (tmp_path / "recipe.yaml").exists()
+    with pytest.raises(BadInput, match="must be new or empty"):
+        files.check_out(tmp_path)

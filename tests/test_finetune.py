@@ -1,5 +1,6 @@
 """Fine-tuning end to end on tiny cases: it learns, resumes to the bit, starts from a bundle, and refuses what cannot work."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 
 from volssl import evaluate, fitting, predict
 from volssl import recipe as recipes
+from volssl.__main__ import run_verb
 from volssl.archive import read_image, read_label
-from volssl.checkpoints import NotFinite
+from volssl.checkpoints import Checkpoints, NotFinite
 from volssl.export import bundle
 from volssl.files import BadInput, read_csv, read_json
 from volssl.finetune import PARTS, Options, run
@@ -40,13 +42,13 @@ def trained(data, recipe, tmp_path_factory):
     return out
 
 
-def write_bundle(folder, *, in_channels=1, width=4, window=(-1000.0, 1000.0), normalisation="none"):
+def write_bundle(folder, *, width=4, window=(-1000.0, 1000.0), normalisation="none", spacing_mm=(1.0, 1.0, 1.0)):
     torch.manual_seed(7)
-    net = UNet(in_channels, width=width, depth=2, norm="instance")
+    net = UNet(1, width=width, depth=2, norm="instance")
     card = bundle.Card(
         architecture={"name": "unet", "arguments": net.arguments},
-        in_channels=in_channels,
-        spacing_mm=(1.0, 1.0, 1.0),
+        in_channels=1,
+        spacing_mm=spacing_mm,
         orientation="RAS",
         intensity={"modality": "CT", "clip": [-1024, 3071], "window": list(window), "normalisation": normalisation},
         method="pcrlv2",
@@ -175,15 +177,65 @@ def test_more_input_channels_take_the_first_kernel_by_share(recipe, tmp_path, mo
     assert torch.equal(seen[0], encoder.levels[0][0].conv.weight.repeat(1, 2, 1, 1, 1) / 2)
 
 
+def test_with_and_without_weights_see_the_same_batches_and_decoder(data, recipe, tmp_path, monkeypatch):
+    folder, _ = write_bundle(tmp_path / "bundle")
+    seen, decoders = [], []
+    losses = fitting._losses
+
+    def look(current, x, y):
+        if current.steps_done == 0:
+            decoders.append({name: tensor.clone() for name, tensor in current.net.state_dict().items() if "encoder" not in name})
+        seen.append((x.clone(), y.clone()))
+        return losses(current, x, y)
+
+    monkeypatch.setattr(fitting, "_losses", look)
+    run(recipe, data=data, out=tmp_path / "scratch")
+    torch.randn(5)  # the state of torch's own generator must not matter
+    run(recipe, data=data, out=tmp_path / "warm", options=Options(weights=folder))
+    assert len(seen) == 12
+    for (x, y), (x_warm, y_warm) in zip(seen[:6], seen[6:], strict=True):
+        assert torch.equal(x, x_warm) and torch.equal(y, y_warm)
+    assert decoders[0] and all(torch.equal(tensor, decoders[1][name]) for name, tensor in decoders[0].items())
+
+
+def test_a_full_disk_loses_nothing(data, recipe, tmp_path, small_disk, capsys):
+    run(recipe, data=data, out=tmp_path / "whole")
+    out = small_disk("400k") / "run"  # room for one checkpoint; the next is written beside it before it takes its place
+    assert run_verb("finetune", {"recipe": recipe, "data": data, "out": out}) == 2
+    assert f"--out {out}: No space left on device" in capsys.readouterr().err
+    assert not list(out.rglob(".tmp-*")) and not (out / "model.json").exists()
+    assert Checkpoints(out, 1, 1).load()["steps_done"] == 3
+    small_disk("8m")
+    assert run_verb("finetune", {"recipe": recipe, "data": data, "out": out, "resume": True}) == 0
+    whole, mended = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[name], mended[name]) for name in whole)
+    assert untimed(tmp_path / "whole") == untimed(out)
+
+
+@pytest.mark.parametrize("files", range(14))
+def test_a_disk_that_fills_up_at_any_file_is_one_clear_error(data, recipe, tmp_path, monkeypatch, no_room_after, files, capsys):
+    wanted = {"recipe": recipe, "data": data, "out": tmp_path / "run", "overrides": ("optimisation.steps=3",)}
+    no_room_after(files)
+    assert run_verb("finetune", wanted) == 2
+    assert f"--out {tmp_path / 'run'}: No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.rglob(".tmp-*"))
+    monkeypatch.undo()
+    assert run_verb("finetune", wanted | {"resume": True}) == 0
+    assert len(list((tmp_path / "run" / "validation").glob("*.nii.gz"))) == 3
+
+
 REFUSED = [
     ({"weights": {"width": 8}}, "misshapen"),
     ({"weights": {"window": (-200.0, 300.0)}}, "preparation.window must be"),
     ({"weights": {"normalisation": "zscore"}}, "preparation.patches must be zscore"),
+    ({"weights": {"spacing_mm": (2.0, 1.0, 1.0)}}, r"null.*in 3 of 3 training cases, such as \(1\.0, 1\.0, 1\.0\) mm in case_"),
+    ({"weights": {"spacing_mm": (2.0, 1.0, 1.0)}, "overrides": ("preparation.spacing_mm=[1, 1, 1]",)}, "preparation.spacing_mm must be"),
     ({"fold": 2}, "--fold"),
     ({"labels": 5}, "--labels"),
     ({"overrides": ("folds.count=7",)}, "7 folds, 6 patient"),
     ({"overrides": ("labels={bright: 1}",)}, r"(?s)6 of 6 cases.*found \[2\]"),
     ({"overrides": ("labels={bright: 1, dark: 2, other: 3}",)}, "among the data set's"),
+    ({"overrides": ("labels={bright: 2, dark: 1}",)}, "bright: value must be the data set's, 1; found 2"),
     ({"overrides": ("net.in_channels=4",)}, "net.in_channels"),
     ({"overrides": ("sampling.patch_vox=[15, 16, 16]",)}, "multiple of the net's stride 2"),
     ({"overrides": ("sampling.patch=3",)}, "unknown key"),
@@ -200,8 +252,35 @@ def test_refused_before_out_is_touched(data, recipe, tmp_path, given, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_labels_that_a_label_map_cannot_hold_are_refused(recipe, tmp_path):
+    root = write_msd(tmp_path / "data")
+    values = read_json(root / "dataset.json")
+    values["labels"]["300"] = "giant"
+    (root / "dataset.json").write_text(json.dumps(values))
+    with pytest.raises(BadInput, match="giant: value must be 1 to 255"):
+        run(recipe, data=root, out=tmp_path / "run", options=Options(overrides=("labels=null",)))
+
+
+def test_out_is_looked_at_before_the_cases_are_read(recipe, tmp_path, monkeypatch):
+    root = write_msd(tmp_path / "in" / "data")
+    monkeypatch.setattr("volssl.finetune.LabelledPatches", None)  # so that reading would be a TypeError
+    (tmp_path / "in" / "recipe.yaml").write_text("verb: finetune")
+    with pytest.raises(BadInput, match="must be new or empty"):
+        run(recipe, data=root, out=tmp_path / "in")
+    with pytest.raises(BadInput, match="would delete the input"):
+        run(recipe, data=root, out=tmp_path / "in", options=Options(overwrite=True))
+    assert (root / "dataset.json").exists()
+
+
+def test_resume_does_not_write_into_a_folder_of_somebody_else(data, recipe, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(BadInput, match=r"found no recipe\.yaml"):
+        run(recipe, data=data, out=tmp_path, options=Options(resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_a_mismatch_can_be_accepted(data, recipe, tmp_path):
-    folder, _ = write_bundle(tmp_path / "bundle", window=(-200.0, 300.0))
+    folder, _ = write_bundle(tmp_path / "bundle", window=(-200.0, 300.0), spacing_mm=(2.0, 1.0, 1.0))
     options = Options(weights=folder, overrides=("optimisation.accept_mismatch=true",))
     assert run(recipe, data=data, out=tmp_path / "run", options=options).failed == 0
 

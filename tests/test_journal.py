@@ -32,3 +32,19 @@ def test_environment_names_neither_host_nor_user(tmp_path):
     assert facts["packages"]["torch"] == torch.__version__ and facts["seed"] == 1
     assert socket.gethostname() not in text.replace(facts["system"], "") or len(socket.gethostname()) < 4
     assert f"/{getpass.getuser()}" not in text
+
+
+def test_seconds_go_on_after_a_resume(tmp_path):
+    with Journal(tmp_path) as journal:
+        for step in (1, 2, 3):
+            journal.log(step=step, progress=step / 5, seconds=10.0 * step)
+    with Journal(tmp_path, steps_done=2) as journal:
+        journal.log(step=3, progress=0.6, seconds=25.0)  # counted from the resume
+        journal.log(step=4, progress=0.8, lr=0.1)
+    assert [row.get("seconds") for row in read_metrics(tmp_path)] == [10.0, 20.0, 45.0, None]
+
+
+def test_environment_does_not_tell_the_arguments_of_the_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "QUILLFEATHER"])
+    write_environment(tmp_path, device=torch.device("cpu"), precision="32-true", seed=1)
+    assert "QUILLFEATHER" not in (tmp_path / "environment.json").read_text()

@@ -4,6 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
+from volssl.__main__ import run_verb
 from volssl.archive import read_image, write_nifti
 from volssl.files import BadInput, read_csv
 from volssl.predict import run
@@ -101,3 +102,32 @@ def test_a_dicom_series_gets_a_name_that_tells_nothing(real_data, tmp_path):
     assert name.startswith("series_")
     assert one_file.stem not in name
     assert read_image(tmp_path / "out" / name).grid.almost_equal(read_image(one_file).grid)
+
+
+def test_a_full_disk_keeps_whole_label_maps_only(folder, tmp_path, small_disk, capsys):
+    model, out = write_run(tmp_path / "run"), small_disk("8k") / "out"  # room for the environment and one label map
+    assert run_verb("predict", {"run": model, "inputs": [folder], "out": out}) == 2
+    assert f"--out {out}: No space left on device" in capsys.readouterr().err
+    assert not list(out.rglob(".tmp-*"))
+    assert len(outputs(out)) == 1
+    assert read_image(out / outputs(out)[0]).grid.almost_equal(GRID)
+    small_disk("1m")
+    assert run_verb("predict", {"run": model, "inputs": [folder], "out": out, "overwrite": True}) == 0
+    assert outputs(out) == ["one.nii.gz", "two.nii.gz"]
+
+
+@pytest.mark.parametrize("files", range(4))
+def test_a_disk_that_fills_up_at_any_file_is_one_clear_error(folder, tmp_path, no_room_after, files, capsys):
+    model, out = write_run(tmp_path / "run"), tmp_path / "out"
+    no_room_after(files)
+    assert run_verb("predict", {"run": model, "inputs": [folder], "out": out}) == 2
+    assert f"--out {out}: No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_overwrite_never_deletes_what_it_is_to_read(folder, tmp_path):
+    model = write_run(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text("verb: finetune")
+    with pytest.raises(BadInput, match="would delete the input"):
+        run(model, [folder], out=tmp_path, overwrite=True)
+    assert (folder / "one.nii.gz").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from volssl import report
+from volssl.__main__ import run_verb
 from volssl.evaluate import Score, write_scores
 from volssl.files import BadInput
 from volssl.pictures import Overlay, overlay_png, restoration_png
@@ -98,11 +99,12 @@ def test_finetunings_show_best_median_worst_and_the_paired_difference(tmp_path):
     # worked by hand: liver +0.02 +0.04 +0.06, lesion +0.1 0 +0.2
     assert re.search(r"liver dice 0\.040 0\.020 to 0\.060 3", text)
     assert re.search(r"lesion dice 0\.100 0\.000 to 0\.200 3", text)
-    assert re.search(r"Best case by mean Dice over labels: c1, 0\.760", text)
-    assert re.search(r"Median case by mean Dice over labels: c2, 0\.620", text)
-    assert re.search(r"Worst case by mean Dice over labels: c3, 0\.480", text)
+    assert re.search(r"Best case by mean Dice over labels: case 0, 0\.760", text)
+    assert re.search(r"Median case by mean Dice over labels: case 1, 0\.620", text)
+    assert re.search(r"Worst case by mean Dice over labels: case 2, 0\.480", text)
     assert "No picture was written of it." in text  # c3 has none
-    assert "missed: by rule" in text
+    assert "lesion, missed: by rule: case 2" in text
+    assert not re.search(r"\bc[123]\b", text)  # the page tells no name of a case
     assert "random (from scratch)" in text
 
 
@@ -123,13 +125,11 @@ def test_what_a_run_did_not_leave_is_said(tmp_path):
 
 def test_no_path_of_the_machine_gets_in(tmp_path, pretraining):
     (pretraining / "recipe.yaml").write_text("verb: pretrain\nstore: /home/anna/scans/store_1\nother: 'C:\\scans\\anna'\nshare: 1/2\n")
-    (pretraining / "failures.csv").write_text("scan_id,reason\ns1,cannot read /mnt/pacs/doe/IM1\n")
     page = page_of(tmp_path, pretraining)
     assert "anna" not in page
-    assert "pacs" not in page
     assert str(tmp_path) not in page
     assert "share: 1/2" in page
-    assert "cannot read [path]" in page
+    assert "store: [path]" in page
 
 
 def test_wrong_input_is_answered_all_at_once(tmp_path, pretraining):
@@ -158,3 +158,19 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path):
     page = page_of(tmp_path, tmp_path / "a" / "run", tmp_path / "b" / "run")
     assert "run (2)" in page
     assert len(set(re.findall(r'section id="([^"]+)"', page))) == 2
+
+
+def test_a_full_disk_leaves_no_page_or_the_earlier_one(tmp_path, pretraining, small_disk, capsys):
+    out = small_disk("8k") / "report.html"
+    out.write_text("earlier")
+    assert run_verb("report", {"runs": [pretraining], "out": out, "overwrite": True}) == 2
+    assert f"--out {out}: No space left on device" in capsys.readouterr().err
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+    assert out.read_text() == "earlier"
+
+
+def test_a_full_disk_by_a_write_that_fails(tmp_path, pretraining, no_room_after, capsys):
+    no_room_after(0)
+    assert run_verb("report", {"runs": [pretraining], "out": tmp_path / "new" / "report.html"}) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "new").iterdir())

@@ -45,3 +45,18 @@ def test_overlapping_regions_are_refused(folder):
     (folder / "dataset.json").write_text(json.dumps(DATASET | {"labels": {"background": 0, "whole": [1, 2]}}))
     with pytest.raises(BadInput, match="regions are not supported"):
         open_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channel_names": {"1": "CT"}}, "channel_names: must map the channels"),
+        ({"dataset": {"only": 3}}, "only must be a mapping"),
+        ({"dataset": {"only": {"images": "a.nii.gz", "label": "a.nii.gz"}}}, "`images`, a list of files"),
+        ({"dataset": {"only": {"images": ["a.nii.gz"]}}}, "`label`, a file"),
+    ],
+)
+def test_a_faulty_dataset_json_is_refused(folder, change, message):
+    (folder / "dataset.json").write_text(json.dumps(DATASET | change))
+    with pytest.raises(BadInput, match=message):
+        open_dataset(folder)

@@ -1,0 +1,57 @@
+"""What layers of backbones from other packages are exchanged for, so that these train here as the own ones do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from volssl.nets.blocks import Norm, make_norm
+
+
+class Conv3d(nn.Conv3d):
+    """The convolution whose first side is padded by hand where the input is shorter than the kernel.
+
+    On a CPU the bf16 gradient of the weights reads memory that nobody wrote there (seen with torch 2.13); forward and names are the same.
+    The padding must be given in numbers.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, in, X, Y, Z) -> (B, out, X', Y', Z')."""
+        first, *others = (int(side) for side in self.padding)
+        if input.device.type != "cpu" or input.shape[2] >= self.kernel_size[0]:
+            return super().forward(input)
+        padded = F.pad(input, (0, 0, 0, 0, first, first))
+        return F.conv3d(padded, self.weight, self.bias, self.stride, [0, *others], self.dilation, self.groups)
+
+
+def adapt(module: nn.Module, *, norm: Norm | None = None) -> nn.Module:
+    """Exchange the convolutions inside `module` for `Conv3d` and, where `norm` is given, its instance normalisations for that one.
+
+    Weights keep their names and stay shared where one layer stands in two places.
+    """
+    _exchange(module, norm, {})
+    return module
+
+
+def _exchange(module: nn.Module, norm: Norm | None, done: dict[nn.Module, nn.Module]) -> None:
+    for name, child in list(module._modules.items()):
+        if child is None:
+            continue
+        if child not in done:
+            done[child] = _exchanged(child, norm)
+        setattr(module, name, done[child])
+        _exchange(done[child], norm, done)
+
+
+def _exchanged(layer: nn.Module, norm: Norm | None) -> nn.Module:
+    old: Any = layer
+    if norm is not None and type(layer) is nn.InstanceNorm3d:
+        return make_norm(norm, old.num_features)
+    if type(layer) is not nn.Conv3d:
+        return layer
+    sizes = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
+    made = Conv3d(old.in_channels, old.out_channels, *sizes, bias=old.bias is not None, device="meta")
+    made.weight, made.bias = old.weight, old.bias
+    return made

@@ -19,6 +19,7 @@ from volssl.files import BadInput, Outcome
 VERBS = {
     "fetch": "volssl.fetch:run",
     "index": "volssl.index:build",
+    "quality": "volssl.quality:run",
     "prepare": "volssl.prepare:run",
     "pretrain": "volssl.pretrain:run",
     "export": "volssl.export:run",
@@ -147,6 +148,10 @@ Labels = _option(Any, "Share (0.1) or count (12) of the training patients to use
 Overrides = Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)]
 ENDINGS: dict[str, tuple[Any, Any]] = {"resume": (Resume, False), "overwrite": (Overwrite, False)}
 OVERRIDES: dict[str, tuple[Any, Any]] = {"overrides": (Overrides, ())}
+LOOK: dict[str, tuple[Any, Any]] = {
+    "thumbnails": (_option(bool, "Show pictures of a few scans.", "--thumbnails/--no-thumbnails"), True),
+    "vendors": (_option(bool, "Count the makers of the scanners.", "--vendors"), False),
+}
 ASKED = inspect.Parameter.empty  # as a default: the user must give it
 
 
@@ -189,8 +194,14 @@ _command(
         "out": (Out, ASKED),
         "workers": (Workers, 0),
         "seed": (_option(int, "Seed of the patient-wise split."), 0),
+        **LOOK,
         **ENDINGS,
     },
+)
+_command(
+    "quality",
+    "Write anew the page that shows what an index or a store holds.",
+    {"folder": (_argument(Path, "INDEX|STORE"), ASKED), **LOOK},
 )
 _command(
     "prepare",

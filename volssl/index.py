@@ -19,6 +19,7 @@ from volssl import archive
 from volssl.dicom import VOLUME_MODALITIES, Limits, check
 from volssl.files import BadInput, Outcome, claim_out, track, write_csv, write_json
 from volssl.pseudonyms import claim_key, pseudonym
+from volssl.quality import Look, write_quality
 from volssl.rows import Index as Index
 from volssl.rows import Row, write_rows, write_sources
 from volssl.rows import load as load
@@ -38,12 +39,17 @@ FAILURES = {"truncated", "undecodable", "no_permission", "missing", "empty_file"
 
 @dataclass(frozen=True)
 class Gates:
-    """Settings of the index. `modality` is that of all files other than DICOM; without it their values tell. `key` is a key file."""
+    """Settings of the index. `modality` is that of all files other than DICOM; without it their values tell. `key` is a key file.
+
+    `thumbnails` and `vendors`: what quality.html shows.
+    """
 
     modality: str | None = None
     min_slices: int = 8
     validation_share: float = 0.1
     key: Path | None = None
+    thumbnails: bool = True
+    vendors: bool = False
 
     def __post_init__(self) -> None:
         if self.modality is not None and self.modality not in VOLUME_MODALITIES:
@@ -101,6 +107,7 @@ def build(
     _write(out, key, sources, failed=failed, ignored=findings.ignored)
     write_json(out / "summary.json", _summary(rows, failed, findings.ignored))
     write_rows(out / "index.csv", rows)
+    write_quality(out, look=Look(gates.thumbnails, gates.vendors))
     return Outcome(out, len(failed), f"{sum(row.verdict == 'accept' for row in rows)} of {len(rows)} series accepted")
 
 

@@ -23,6 +23,7 @@ from volssl import archive
 from volssl.files import BadInput, Outcome, claim_out, track, write_csv
 from volssl.index import Row
 from volssl.index import load as load_index
+from volssl.preview import write_preview
 from volssl.recipe import load as load_recipe
 from volssl.recipe import parse
 from volssl.store import About, Entry, Store
@@ -106,6 +107,7 @@ def run(
             reasons = ", ".join(sorted(set(failures.values())))
             raise BadInput(f"prepare {index}: no scan could be prepared; found {reasons}; see {out / 'failures.csv'}")
         store.finish(entries)
+        write_preview(out)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

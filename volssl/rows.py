@@ -92,7 +92,7 @@ def load(index: Path) -> Index:
     index = Path(index)
     table = read_csv(index / "index.csv")
     try:
-        rows = [_parsed(row) for row in table]
+        rows = [parsed(row) for row in table]
     except (KeyError, ValueError, AttributeError) as error:
         raise BadInput(f"{index / 'index.csv'}: must be as `volssl index` writes it; {error!r}") from None
     if not (index / "private" / SOURCES).is_file():
@@ -103,7 +103,8 @@ def load(index: Path) -> Index:
     return Index(rows, sources)
 
 
-def _parsed(row: dict[str, str]) -> Row:
+def parsed(row: dict[str, str]) -> Row:
+    """A row of index.csv, from its text. Raises: KeyError, ValueError: not such a row."""
     values: dict[str, Any] = {one.name: row[one.name] for one in fields(Row)}
     values["shape_vox"] = tuple(map(int, row["shape_vox"].split()))
     values["spacing_mm"] = tuple(map(float, row["spacing_mm"].split()))

@@ -17,9 +17,9 @@ import SimpleITK as sitk
 from volssl import archive, index, prepare
 from volssl.dicom_write import write_dicom_series
 from volssl.files import BadInput, read_csv
-from volssl.prepare import body_box, resample
+from volssl.pools import Means
 from volssl.store import Store
-from volssl.volume import Grid, Volume
+from volssl.volume import Grid
 
 SMALL = ("spacing_mm=[2,2,2]", "body.margin_mm=2")
 
@@ -50,90 +50,6 @@ def write_itk(path, array_XYZ, grid):
 
 def tree(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def blob(grid, centre_mm, sigma_mm=6.0):
-    index_N3 = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape_vox], indexing="ij"), -1).reshape(-1, 3)
-    distance = np.linalg.norm(grid.world(index_N3) - centre_mm, axis=1)
-    return np.exp(-0.5 * (distance / sigma_mm) ** 2).reshape(grid.shape_vox)
-
-
-def centroid(volume):
-    array = volume.array_CXYZ[0].astype(np.float64)
-    index_N3 = np.argwhere(array > 1e-4)
-    weight = array[tuple(index_N3.T)]
-    return (volume.grid.world(index_N3) * weight[:, None]).sum(0) / weight.sum()
-
-
-def oblique(shape=(48, 44, 30), spacing=(1.3, 1.5, 2.5), degrees=17.0, turned=(-1, -1, 1)):
-    a = np.deg2rad(degrees)
-    about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
-    affine = np.eye(4)
-    affine[:3, :3] = about_z @ np.diag(turned) * np.array(spacing)
-    affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) / 2)
-    return Grid(shape, affine)
-
-
-@pytest.mark.parametrize("turned", [(-1, -1, 1), (1, 1, 1), (1, -1, -1)])
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 2.0, 2.0), (3.0, 2.0, 2.5)])
-def test_landmarks_stay_within_a_tenth_of_a_millimetre(turned, spacing):
-    grid, landmark = oblique(turned=turned), np.array([4.3, -3.1, 2.2])
-    volume = Volume(blob(grid, landmark)[None].astype(np.float32), grid).reoriented("RAS")
-    moved = resample(volume, volume.grid.resampled(spacing))
-    np.testing.assert_allclose(moved.grid.spacing_mm, spacing)
-    np.testing.assert_allclose(centroid(moved), landmark, atol=0.1)
-    back = resample(moved, grid)
-    assert back.grid.almost_equal(grid, tolerance_mm=0)
-    np.testing.assert_allclose(centroid(back), landmark, atol=0.1)
-
-
-def test_resampling_onto_the_same_grid_changes_nothing():
-    grid = oblique((9, 8, 7))
-    array = np.random.default_rng(0).integers(-900, 900, (2, 9, 8, 7)).astype(np.int16)
-    for order in ("linear", "nearest"):
-        again = resample(Volume(array, grid), grid, order=order)
-        np.testing.assert_allclose(again.array_CXYZ, array, atol=1e-3)
-    assert resample(Volume(array, grid), grid, order="nearest").array_CXYZ.dtype == np.int16
-
-
-def test_linear_is_linear_and_outside_is_fill():
-    grid = Grid((10, 10, 10), np.eye(4))
-    ramp = Volume(np.arange(10, dtype=np.float32)[None, :, None, None] * np.ones((1, 10, 10, 10), dtype=np.float32), grid)
-    fine = resample(ramp, Grid((19, 1, 1), np.diag([0.5, 1, 1, 1])))
-    np.testing.assert_allclose(fine.array_CXYZ[0, :, 0, 0], np.arange(19) / 2, atol=1e-5)
-    beyond = resample(ramp, Grid((4, 1, 1), np.array([[1, 0, 0, 8.0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])), fill=-7.0)
-    np.testing.assert_allclose(beyond.array_CXYZ[0, :, 0, 0], [8, 9, -7, -7])
-
-
-def test_fine_stripes_do_not_alias():
-    """Stripes of one voxel, seen at every third voxel, would keep their full contrast as broad false stripes."""
-    grid = Grid((60, 8, 8), np.eye(4))
-    stripes = np.where(np.arange(60) % 2, 100.0, -100.0)[None, :, None, None] * np.ones((1, 60, 8, 8))
-    coarse = grid.resampled((3.0, 1.0, 1.0))
-    smooth = resample(Volume(stripes.astype(np.float32), grid), coarse).array_CXYZ
-    assert np.abs(stripes[0, 1::3, 0, 0]).min() == 100
-    # sigma = sqrt(9 - 1) / 2.355 = 1.201 voxels leaves exp(-(pi sigma)^2 / 2) = 0.08 % of the finest wave; the border is reflected.
-    assert np.abs(smooth[:, 2:-2]).max() < 1.0
-    across = resample(Volume(stripes.astype(np.float32), grid), grid.resampled((1.0, 2.0, 1.0))).array_CXYZ
-    np.testing.assert_allclose(np.abs(across), 100, atol=1e-3)  # smoothed along the coarser axis only
-
-
-def test_nearest_makes_no_new_labels():
-    grid = oblique((20, 18, 9))
-    labels = np.random.default_rng(0).choice([0, 3, 7], (1, 20, 18, 9)).astype(np.uint8)
-    moved = resample(Volume(labels, grid), grid.resampled((3, 3, 3)), order="nearest")
-    assert set(np.unique(moved.array_CXYZ)) <= {0, 3, 7}
-
-
-def test_body_box_is_that_of_the_largest_part():
-    array = np.full((40, 30, 20), -1000)
-    array[5:25, 6:26, 3:17] = 40
-    array[34:38, 3:6, 2:5] = 500
-    assert body_box(array, threshold=-500) == ((5, 6, 3), (25, 26, 17))
-    start, stop = body_box(array, threshold=-500, stride=(2, 2, 1))
-    assert all(0 <= a - b <= 2 for a, b in zip((5, 6, 3), start, strict=True))
-    assert all(0 <= b - a <= 2 for a, b in zip((25, 26, 17), stop, strict=True))
-    assert body_box(array, threshold=3000) is None
 
 
 def test_store_holds_the_scan_where_it_was(tmp_path, phantom, made_index):
@@ -261,7 +177,7 @@ def test_full_disk_is_one_clear_error_and_room_mends_it(tmp_path, phantom, tiny_
         archive.write_nifti(tmp_path / f"archive/{number}.nii.gz", noise, phantom[1], np.int16)
     index.build([tmp_path / "archive"], out=tmp_path / "index")
     with pytest.raises(BadInput, match=f"--out {tiny_disk}/store: the disk is full"):
-        prepare.run(tmp_path / "index", out=tiny_disk / "store", overrides=["spacing_mm=[0.6,0.6,0.6]"])
+        prepare.run(tmp_path / "index", out=tiny_disk / "store", overrides=["spacing_mm=[0.6,0.6,0.6]"], means=Means(ignore_space=True))
     assert not list(tiny_disk.rglob(".tmp-*"))
     subprocess.run(["mount", "-o", "remount,size=16m", tiny_disk], check=True)
     prepare.run(tmp_path / "index", out=tiny_disk / "store", overrides=["spacing_mm=[0.6,0.6,0.6]"], resume=True)
@@ -281,7 +197,7 @@ def test_full_disk_by_a_write_that_fails(tmp_path, made_index, monkeypatch):
 @pytest.mark.slow
 def test_workers_give_the_same_store(tmp_path, made_index):
     for workers in (0, 2):
-        prepare.run(made_index, out=tmp_path / f"by{workers}", workers=workers, overrides=SMALL)
+        prepare.run(made_index, out=tmp_path / f"by{workers}", means=Means(workers=workers), overrides=SMALL)
     assert tree(tmp_path / "by0") == tree(tmp_path / "by2")
 
 
@@ -291,9 +207,9 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(tmp_path, made_
     prepare.run(made_index, out=tmp_path / "undisturbed", overrides=SMALL)
     out = tmp_path / "killed"
     code = (
-        "import sys; from pathlib import Path; from volssl import prepare\n"
+        "import sys; from pathlib import Path; from volssl import prepare; from volssl.pools import Means\n"
         "if __name__ == '__main__':\n"
-        f"    prepare.run(Path(sys.argv[1]), out=Path(sys.argv[2]), overrides={SMALL!r}, resume=True, workers={workers})\n"
+        f"    prepare.run(Path(sys.argv[1]), out=Path(sys.argv[2]), overrides={SMALL!r}, resume=True, means=Means(workers={workers}))\n"
     )
     (tmp_path / "go.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(Path(prepare.__file__).parents[1])}

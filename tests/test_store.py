@@ -1,6 +1,7 @@
 """Boxes inside, across and outside of the border; entries come back; damage and other versions are refused."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -66,6 +67,17 @@ def test_same_voxels_same_bytes(filled, tmp_path):
     other = Store.create(tmp_path / "other", ABOUT)
     other.write(np.asfortranarray(array), one)
     assert (path / "volumes/S1.b2nd").read_bytes() == (tmp_path / "other/volumes/S1.b2nd").read_bytes()
+
+
+@pytest.mark.parametrize("threads", [None, "2"])
+def test_number_of_threads_leaves_no_trace(filled, tmp_path, monkeypatch, threads):
+    path, array, one = filled
+    monkeypatch.delenv("BLOSC_NTHREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("BLOSC_NTHREADS", threads)
+    Store.create(tmp_path / "other", ABOUT).write(array, one)
+    assert (path / "volumes/S1.b2nd").read_bytes() == (tmp_path / "other/volumes/S1.b2nd").read_bytes()
+    assert os.environ.get("BLOSC_NTHREADS") == threads
 
 
 def test_another_version_is_refused(filled):

@@ -7,49 +7,34 @@ at all and carries its own entry, and manifest.csv comes last.
 from __future__ import annotations
 
 import errno
-import multiprocessing
+import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
-from scipy import ndimage
 
 from volssl import archive
+from volssl.body import Body, Found, Intensity, find_body, padding_of, scaling_of, triple, with_margin, without_padding
 from volssl.files import BadInput, Outcome, claim_out, track, write_csv
-from volssl.index import Row
-from volssl.index import load as load_index
-from volssl.preview import write_preview
+from volssl.pools import Lost, Means, spread
 from volssl.recipe import load as load_recipe
 from volssl.recipe import parse
+from volssl.resample import slabs
+from volssl.rows import Row
+from volssl.rows import load as load_index
 from volssl.store import About, Entry, Store
 from volssl.volume import Grid, Volume
 
-FWHM_PER_SIGMA = 2.3548200450309493  # 2 sqrt(2 ln 2)
-COARSE_MM = 3.0  # the body is looked for on about this spacing
 FAILURES = ["scan_id", "reason"]
-
-
-@dataclass(frozen=True)
-class Body:
-    """How the body is told from air: values above `threshold`; without one, above `share` of the robust range (0.5 to 99.5 %)."""
-
-    threshold: float | None = None
-    share: float = 0.1
-    margin_mm: float = 5.0
-
-
-@dataclass(frozen=True)
-class Intensity:
-    """What is stored. Without `percentiles` values stay as they are (HU); with them, those two of the body become the window's ends."""
-
-    clip: tuple[float, float] = (-1024.0, 3071.0)
-    window: tuple[float, float] = (-1000.0, 1000.0)
-    percentiles: tuple[float, float] | None = None
+# Bytes on disk per voxel of the whole scan at the stored spacing: the share of the body times 2 bytes times the compression.
+BYTES_PER_VOXEL = 0.8
+ENOUGH_STORED = 10  # from so many volumes on, their own bytes per voxel are taken instead
+FULL = (errno.ENOSPC, errno.EDQUOT)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,20 +61,21 @@ def run(
     *,
     out: Path,
     recipe: str | Path = "prepare_ct",
-    workers: int = 0,
+    means: Means = Means(),
     resume: bool = False,
     overwrite: bool = False,
     overrides: Sequence[str] = (),
 ) -> Outcome:
-    """Prepare all accepted scans of `index` into a store.
+    """Prepare all usable scans of `index` into a store.
 
-    Args: index: from `volssl index`. recipe: a file or a shipped name, with `overrides` "key=value".
-        workers: spawned processes; 0 works in this one. resume: keep what is there and do what is missing.
+    Args: index: from `volssl index`. recipe: a file or a shipped name, with `overrides` "key=value". means: processes or a cluster, and
+        their bounds. resume: keep what is there and do what is missing.
     Returns: `failed` counts the scans in failures.csv.
-    Raises: BadInput: no such index, a faulty recipe, `out` in use or begun with another recipe, nothing to prepare, disk full.
+    Raises: BadInput: no such index, a faulty recipe, `out` in use or begun with another recipe, nothing to prepare, too little disk,
+        no such cluster.
     """
     settings = _settings(recipe, overrides)
-    rows, sources = _accepted(index)
+    rows, sources = _usable(index)
     about = About(
         spacing_mm=settings.spacing_mm,
         modality=settings.modality,
@@ -97,22 +83,24 @@ def run(
         clip=settings.intensity.clip,
         recipe=asdict(settings),
     )
-    out = claim_out(out, resume=resume, overwrite=overwrite)
+    out = claim_out(out, resume=resume, overwrite=overwrite).absolute()
     try:
         store = Store.create(out, about)
         _sweep(out)
-        entries, failures = _prepare_all(store, settings, rows, sources, workers)
-        write_csv(out / "failures.csv", [{"scan_id": key, "reason": failures[key]} for key in sorted(failures)], FAILURES)
-        if not entries:
+        failures = _prepare_all(store, settings, rows, sources=sources, means=means)
+        write_csv(out / "failures.csv", ({"scan_id": key, "reason": failures[key]} for key in sorted(failures)), FAILURES)
+        if len(failures) == len(rows):
             reasons = ", ".join(sorted(set(failures.values())))
             raise BadInput(f"prepare {index}: no scan could be prepared; found {reasons}; see {out / 'failures.csv'}")
-        store.finish(entries)
+        store.finish(_entries(store, sorted(row.scan_id for row in rows if row.scan_id not in failures)))
+        from volssl.preview import write_preview  # draws with matplotlib, which a worker need not load
+
         write_preview(out)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise BadInput(f"--out {out}: the disk is full; make room and run again with --resume") from None
-    return Outcome(out, len(failures), f"{len(entries)} of {len(rows)} accepted scans prepared")
+    return Outcome(out, len(failures), f"{len(rows) - len(failures)} of {len(rows)} usable scans prepared")
 
 
 def _settings(recipe: str | Path, overrides: Sequence[str]) -> Settings:
@@ -120,9 +108,9 @@ def _settings(recipe: str | Path, overrides: Sequence[str]) -> Settings:
     return parse({"prepare": values}, {"prepare": Settings}, str(recipe))["prepare"]
 
 
-def _accepted(index: Path) -> tuple[list[Row], Mapping[str, archive.Source]]:
+def _usable(index: Path) -> tuple[list[Row], Mapping[str, archive.Source]]:
     loaded = load_index(index)
-    rows = [row for row in loaded.rows if row.verdict in ("accept", "repair")]
+    rows = [row for row in loaded.rows if row.usable]
     if not rows:
         raise BadInput(f"index {index}: must hold accepted scans; found none of {len(loaded.rows)}")
     return rows, loaded.sources
@@ -136,203 +124,132 @@ def _sweep(out: Path) -> None:
 
 
 def _prepare_all(
-    store: Store, settings: Settings, rows: Sequence[Row], sources: Mapping[str, archive.Source], workers: int
-) -> tuple[list[Entry], dict[str, str]]:
-    entries: list[Entry] = []
-    failures: dict[str, str] = {}
-    jobs: list[tuple[Row, archive.Source]] = []
-    for row in rows:
-        done = _stored(store, row)
-        if done:
-            entries.append(done)
-        elif row.modality != settings.modality:
-            failures[row.scan_id] = "other_modality"
-        else:
-            jobs.append((row, sources[row.scan_id]))
-    answers = _answers(store, settings, jobs, workers)
-    for scan_id, answer in track(answers, total=len(jobs), label="prepare"):
-        if isinstance(answer, Entry):
-            entries.append(answer)
-        else:
-            failures[scan_id] = answer
-    return entries, failures
+    store: Store, settings: Settings, rows: Sequence[Row], *, sources: Mapping[str, archive.Source], means: Means
+) -> dict[str, str]:
+    failures = {row.scan_id: "other_modality" for row in rows if row.modality != settings.modality}
+    rows = [row for row in rows if row.scan_id not in failures]
+    stored = [_is_stored(store, row) for row in rows]
+    todo = [row for row, done in zip(rows, stored, strict=True) if not done]
+    done = [row for row, done in zip(rows, stored, strict=True) if done]
+    if not means.ignore_space:
+        _check_space(store, todo, done)
+    jobs = ((row.scan_id, (store, settings, row, sources[row.scan_id])) for row in todo)
+    for scan_id, answer in track(spread(prepare_one, jobs, means), total=len(todo), label="prepare"):
+        if code := answer.code if isinstance(answer, Lost) else answer:
+            failures[scan_id] = code
+    return failures
 
 
-def _stored(store: Store, row: Row) -> Entry | None:
-    # What an earlier run left of this very scan; a file that cannot be opened is written again.
+def _is_stored(store: Store, row: Row) -> bool:
+    # Whether an earlier run left this very scan; a file that cannot be opened is written again.
     try:
         entry = store.entry(row.scan_id)
     except BadInput:
-        return None
+        return False
     if entry is None or entry.content_hash != row.content_hash:
-        return None
-    kept = replace(entry, split=row.split, patient_id=row.patient_id)
-    return kept if kept == entry else None
+        return False
+    return replace(entry, split=row.split, patient_id=row.patient_id) == entry
 
 
-def _answers(
-    store: Store, settings: Settings, jobs: Sequence[tuple[Row, archive.Source]], workers: int
-) -> Iterator[tuple[str, Entry | str]]:
-    if workers == 0:
-        for row, source in jobs:
-            yield row.scan_id, prepare_one(store, settings, row, source)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from _through(pool, store, settings, jobs, ahead=2 * workers)
-        except BrokenProcessPool:
-            raise BadInput(
-                "prepare: a worker process was killed, mostly for want of memory; run again with --resume and fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _entries(store: Store, scan_ids: Sequence[str]) -> Iterator[Entry]:
+    # Read back from the volumes one by one: the manifest says what is there, and takes no memory.
+    for scan_id in scan_ids:
+        entry = store.entry(scan_id)
+        if entry is None:
+            raise BadInput(f"store {store.path}: must keep its volumes while it is written; one is gone; run again with --resume")
+        yield entry
 
 
-def _through(
-    pool: Executor, store: Store, settings: Settings, jobs: Sequence[tuple[Row, archive.Source]], *, ahead: int
-) -> Iterator[tuple[str, Entry | str]]:
-    # Hands on a few jobs at a time, so that memory does not grow with their number.
-    waiting: dict[Future[Entry | str], str] = {}
-    for row, source in jobs:
-        waiting[pool.submit(prepare_one, store, settings, row, source)] = row.scan_id
-        if len(waiting) >= ahead:
-            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-                yield waiting.pop(done), done.result()
-    while waiting:
-        for done in wait(waiting, return_when=FIRST_COMPLETED).done:
-            yield waiting.pop(done), done.result()
+def _check_space(store: Store, todo: Sequence[Row], done: Sequence[Row]) -> None:
+    rate, source = BYTES_PER_VOXEL, "expected"
+    if len(done) >= ENOUGH_STORED:
+        rate = sum(store.volume_path(row.scan_id).stat().st_size for row in done) / sum(_voxels(store, row) for row in done)
+        source = f"as in the {len(done)} volumes there"
+    voxels = sum(_voxels(store, row) for row in todo)
+    need, free = voxels * rate, shutil.disk_usage(store.path).free
+    if need > free:
+        raise BadInput(
+            f"--out {store.path}: must have room; {len(todo)} scans need about {need / 1e9:.3g} GB ({voxels:.3g} voxels at "
+            f"{rate:.2g} bytes, {source}), and {free / 1e9:.3g} GB are free; make room, take a coarser spacing_mm, or give --ignore-space"
+        )
 
 
-def prepare_one(store: Store, settings: Settings, row: Row, source: archive.Source) -> Entry | str:
-    """Prepare and store one scan. Returns: its entry, or the code of why it cannot be prepared. Raises: OSError: disk full."""
+def _voxels(store: Store, row: Row) -> float:
+    # Of the whole scan at the stored spacing.
+    return float(np.prod(row.shape_vox) * np.prod(row.spacing_mm) / np.prod(store.spacing_mm))
+
+
+def prepare_one(store: Store, settings: Settings, row: Row, source: archive.Source) -> str:
+    """Prepare and store one scan. Returns: "", or the code of why it cannot be prepared. Raises: OSError: such as disk full."""
     try:
-        volume = archive.read_source(source)
+        made = _made(settings, row, archive.read_source(source))
+        if isinstance(made, str):
+            return made
+        store.write(*made)
     except archive.Unreadable as error:
         return error.code
     except MemoryError:
         return "out_of_memory"
+    except OSError:
+        raise
+    except Exception as error:
+        # One odd scan in 100,000 must not end the run. The message may quote the scan's header, so only the place is told.
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "?"
+        logger.error("scan %s: %s at %s", row.scan_id, type(error).__name__, where)
+        return f"unexpected_{type(error).__name__}"
+    return ""
+
+
+def _made(settings: Settings, row: Row, volume: Volume) -> tuple[np.ndarray, Entry] | str:
+    # The stored array with its entry, or a code.
     original = volume.grid
     volume = volume.reoriented("RAS")
-    found = _find_body(volume, settings.body)
+    hounsfield = settings.intensity.percentiles is None
+    padding = padding_of(volume) if hounsfield else None
+    found = find_body(volume, settings.body, padding=padding)
     if found is None:
         return "no_body"
-    threshold, start, stop = found
-    scaling = _scaling(volume.cropped(start, stop), threshold, settings.intensity)
+    scaling = scaling_of(volume.cropped(found.start, found.stop), found.threshold, settings.intensity)
     if scaling is None:
         return "no_contrast"
-    part = volume.cropped(*_with_margin(volume.grid, start, stop, settings.body.margin_mm))
-    ends = volume.grid.world(np.array([start, stop]) - 0.5)
+    part = volume.cropped(*with_margin(volume.grid, found, settings.body.margin_mm))
     grid = part.grid.resampled(settings.spacing_mm)
-    # Clipped before resampling, so that padding such as -3024 does not bleed into the air beside it.
     low, high = ((end - scaling[1]) / scaling[0] for end in settings.intensity.clip)
-    clipped = Volume(np.clip(part.array_CXYZ.astype(np.float32), low, high), part.grid)
-    resampled = resample(clipped, grid, fill=low).array_CXYZ
-    array = np.rint(resampled * scaling[0] + scaling[1]).astype(np.int16)
-    body = np.clip(np.rint(grid.voxels(ends) + 0.5), 0, grid.shape_vox).astype(int)
+    mend = partial(_mended, low=low, high=high, padding=padding if padding is not None and padding > found.threshold else None)
+    array_CXYZ = np.empty((len(part.array_CXYZ), *grid.shape_vox), np.int16)
+    for where, slab_CXYZ in slabs(part, grid, fill=low, mend=mend):
+        if scaling != (1.0, 0.0):
+            slab_CXYZ = slab_CXYZ * np.float32(scaling[0]) + np.float32(scaling[1])
+        array_CXYZ[:, *where] = np.rint(slab_CXYZ, out=slab_CXYZ)
     entry = Entry(
         scan_id=row.scan_id,
         patient_id=row.patient_id,
         modality=row.modality,
         split=row.split,
-        channels=array.shape[0],
+        channels=len(array_CXYZ),
         shape_vox=grid.shape_vox,
-        body_start=_triple(body[0]),
-        body_stop=_triple(body[1]),
+        **_body_in(grid, volume.grid, found),
         affine=tuple(grid.affine.ravel().tolist()),
         original_shape=original.shape_vox,
         original_affine=tuple(original.affine.ravel().tolist()),
         scaling=scaling,
         content_hash=row.content_hash,
+        padding=padding,
     )
-    store.write(array, entry)
-    return entry
+    return array_CXYZ, entry
 
 
-def _triple(values: np.ndarray) -> tuple[int, int, int]:
-    x, y, z = (int(v) for v in values)
-    return x, y, z
+def _mended(plane: np.ndarray, *, low: float, high: float, padding: float | None) -> np.ndarray:
+    # Before resampling, so that padding such as -3024 does not bleed into the air beside it.
+    if padding is not None:
+        plane = without_padding(plane, padding, low)
+    return np.clip(plane, low, high, out=plane)
 
 
-def _find_body(volume: Volume, body: Body) -> tuple[float, tuple[int, int, int], tuple[int, int, int]] | None:
-    array_XYZ = volume.array_CXYZ[0]
-    stride = tuple(max(1, int(COARSE_MM / mm + 1e-3)) for mm in volume.grid.spacing_mm)
-    threshold = body.threshold
-    if threshold is None:
-        low, high = np.percentile(array_XYZ[tuple(slice(None, None, n) for n in stride)], (0.5, 99.5))
-        threshold = float(low + body.share * (high - low))
-    box = body_box(array_XYZ, threshold=threshold, stride=stride)
-    return None if box is None else (threshold, *box)
-
-
-def body_box(
-    array_XYZ: np.ndarray, *, threshold: float, stride: Sequence[int] = (1, 1, 1)
-) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
-    """Box (start, stop; voxels) of the largest connected part above `threshold`, or None if nothing is.
-
-    Args: stride: every how many voxels to look, along each axis; the box is then wider by up to that.
-    """
-    coarse = array_XYZ[tuple(slice(None, None, n) for n in stride)] > threshold
-    # Opening parts the body from the table's thin shell; a stack too flat for it, or a thin body, is taken as it is.
-    opened = ndimage.binary_opening(coarse) if min(coarse.shape) >= 5 else coarse
-    labelled: Any = ndimage.label(opened if opened.any() else coarse)
-    parts, count = labelled
-    if count == 0:
-        return None
-    largest = int(np.argmax(np.bincount(parts.ravel())[1:])) + 1
-    box = ndimage.find_objects(parts, max_label=largest)[largest - 1]
-    start = [max(0, (part.start - 1) * n + 1) for part, n in zip(box, stride, strict=True)]
-    stop = [min(size, part.stop * n) for part, n, size in zip(box, stride, array_XYZ.shape, strict=True)]
-    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
-
-
-def _with_margin(
-    grid: Grid, start: Sequence[int], stop: Sequence[int], margin_mm: float
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    margin = np.ceil(margin_mm / np.array(grid.spacing_mm) - 1e-3).astype(int)
-    return _triple(np.maximum(0, np.array(start) - margin)), _triple(np.minimum(grid.shape_vox, np.array(stop) + margin))
-
-
-def _scaling(volume: Volume, threshold: float, intensity: Intensity) -> tuple[float, float] | None:
-    # Factor and offset from a value of the scan to a stored one.
-    if intensity.percentiles is None:
-        return 1.0, 0.0
-    values = volume.array_CXYZ[volume.array_CXYZ > threshold]
-    low, high = (float(v) for v in np.percentile(values, intensity.percentiles))
-    if not high > low:
-        return None
-    factor = (intensity.window[1] - intensity.window[0]) / (high - low)
-    return factor, intensity.window[0] - low * factor
-
-
-def resample(volume: Volume, grid: Grid, *, order: Literal["linear", "nearest"] = "linear", fill: float = 0.0) -> Volume:
-    """`volume` on any other `grid`.
-
-    Linear values are float32; before the grid gets coarser along an axis, the volume is smoothed along it with a Gaussian of
-    sigma = sqrt(r^2 - 1) / 2.355 voxels, r being the ratio of the spacings, so that fine texture cannot alias.
-    Outside of the volume (beyond half a voxel from its outermost centres) stands `fill`. Nearest keeps the type of the array.
-    Source: Cardoso et al., Scale factor point spread function matching: beyond aliasing in image resampling, MICCAI 2015.
-    """
-    # In voxel indices of the volume, so that SimpleITK never sees world coordinates, nor has to represent a direction.
-    matrix = np.linalg.inv(volume.grid.affine) @ grid.affine
-    transform = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
-    ratios = np.linalg.norm(matrix[:3, :3], axis=1)
-    resampler = sitk.ResampleImageFilter()
-    resampler.SetSize([int(n) for n in grid.shape_vox])
-    resampler.SetTransform(transform)
-    resampler.SetInterpolator(sitk.sitkLinear if order == "linear" else sitk.sitkNearestNeighbor)
-    resampler.SetDefaultPixelValue(float(fill))
-    channels = []
-    for array_XYZ in volume.array_CXYZ:
-        if order == "linear":
-            array_XYZ = _smoothed(array_XYZ.astype(np.float32), ratios)
-        image = sitk.GetImageFromArray(np.ascontiguousarray(array_XYZ.transpose(2, 1, 0)))
-        channels.append(sitk.GetArrayFromImage(resampler.Execute(image)).transpose(2, 1, 0))
-    return Volume(np.stack(channels), grid)
-
-
-def _smoothed(array_XYZ: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-    for axis, ratio in enumerate(ratios):
-        if ratio > 1 + 1e-6:
-            sigma = float(np.sqrt(ratio**2 - 1)) / FWHM_PER_SIGMA
-            array_XYZ = ndimage.gaussian_filter1d(array_XYZ, sigma, axis=axis, mode="nearest", truncate=3.0)
-    return array_XYZ
+def _body_in(grid: Grid, scan: Grid, found: Found) -> dict[str, Any]:
+    ends = scan.world(np.array([found.start, found.stop]) - 0.5)
+    body = np.clip(np.rint(grid.voxels(ends) + 0.5), 0, grid.shape_vox).astype(int)
+    return {"body_start": triple(body[0]), "body_stop": triple(body[1])}

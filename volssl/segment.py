@@ -20,8 +20,8 @@ from volssl.augment.intensity import zscore
 from volssl.export.bundle import load_tensors, save_tensors
 from volssl.files import BadInput, read_json, sha256, write_json
 from volssl.nets.heads import SegmentationNet
-from volssl.prepare import resample
 from volssl.recipe import arguments, find
+from volssl.resample import resample
 from volssl.volume import Grid, Volume
 
 SCHEMA = 1

@@ -10,9 +10,11 @@ A training machine needs only numpy and blosc2 for this file; a store is the sam
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -65,10 +67,11 @@ class Entry:
     original_affine: tuple[float, ...]
     scaling: tuple[float, float]  # stored = original * scaling[0] + scaling[1], then clipped and rounded
     content_hash: str
+    padding: float | None = None  # the value of the scan that was recognised as "nothing measured here"
 
     def row(self) -> dict[str, str]:
         """As text for manifest.csv; numbers of one cell are separated by blanks and come back exactly."""
-        return {key: " ".join(map(repr, value)) if isinstance(value, tuple) else str(value) for key, value in asdict(self).items()}
+        return {key: " ".join(map(repr, value)) if isinstance(value, tuple) else _text(value) for key, value in asdict(self).items()}
 
     @classmethod
     def of(cls, row: dict[str, str]) -> Entry:
@@ -79,6 +82,7 @@ class Entry:
         values |= {key: tuple(map(int, values[key].split())) for key in integers}
         values |= {key: tuple(map(float, values[key].split())) for key in floats}
         values["channels"] = int(values["channels"])
+        values["padding"] = float(values["padding"]) if values["padding"] else None
         return cls(**values)
 
 
@@ -136,17 +140,8 @@ class Store:
         """Write one volume with its entry inside, atomically; the same voxels give the same bytes. Raises: OSError."""
         assert array_CXYZ.dtype == np.int16, array_CXYZ.dtype
         assert array_CXYZ.shape == (entry.channels, *entry.shape_vox), (array_CXYZ.shape, entry)
-        contiguous: Any = np.ascontiguousarray(array_CXYZ)
-        packed: Any = blosc2.asarray(
-            contiguous,
-            chunks=CHUNKS,
-            blocks=BLOCKS,
-            # One thread, so that the bytes do not depend on the machine; the split of streams is fixed for the same reason.
-            cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1),
-        )
-        packed.schunk.vlmeta["entry"] = json.dumps(entry.row(), sort_keys=True)
         # By way of memory: the C library turns a full disk into an unclear error, the plain write does not.
-        frame = packed.to_cframe()
+        frame = _packed(array_CXYZ, json.dumps(entry.row(), sort_keys=True))
         with atomic(self.volume_path(entry.scan_id)) as temporary:
             temporary.write_bytes(frame)
 
@@ -161,9 +156,8 @@ class Store:
             raise BadInput(f"{path}: must hold its entry; found none; delete the file and prepare it again") from None
 
     def finish(self, rows: Iterable[Entry]) -> None:
-        """Write manifest.csv, sorted by scan_id: from now on the store opens."""
-        self.rows = sorted(rows, key=lambda entry: entry.scan_id)
-        write_csv(self.path / "manifest.csv", [row.row() for row in self.rows], [one.name for one in fields(Entry)])
+        """Write manifest.csv from entries in the order of their scan_id, one by one: from now on the store opens."""
+        write_csv(self.path / "manifest.csv", (row.row() for row in rows), [one.name for one in fields(Entry)])
 
     def read_box(self, scan_id: str, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """Voxels from `start` on, `size` of them along X, Y, Z: int16 (C, X, Y, Z).
@@ -205,6 +199,34 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_arrays": OrderedDict()}
+
+
+def _packed(array_CXYZ: np.ndarray, entry: str) -> bytes:
+    contiguous: Any = np.ascontiguousarray(array_CXYZ)
+    # One thread, so that the bytes do not depend on the machine; the split of streams is fixed for the same reason.
+    cparams = blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
+    with _one_thread():
+        packed: Any = blosc2.asarray(contiguous, chunks=CHUNKS, blocks=BLOCKS, cparams=cparams)
+        packed.schunk.vlmeta["entry"] = entry
+        return packed.to_cframe()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # The C library writes into the file how many threads wrote it, and takes this variable, or its absence, for more than our parameter.
+    before = os.environ.get("BLOSC_NTHREADS")
+    os.environ["BLOSC_NTHREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["BLOSC_NTHREADS"]
+        else:
+            os.environ["BLOSC_NTHREADS"] = before
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def read_about(path: Path) -> About:

@@ -199,7 +199,7 @@ def prepare_one(store: Store, settings: Settings, row: Row, source: archive.Sour
             place = place.tb_next
         where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "?"
         logger.error("scan %s: %s at %s", row.scan_id, type(error).__name__, where)
-        return f"unexpected_{type(error).__name__}"
+        return "unexpected_error"
     return ""
 
 

@@ -79,6 +79,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "no_body": ("Nothing is brighter than air.", "Look at it; lower body.threshold if it shows a patient."),
     "no_contrast": ("The body has one value only.", "Look at it."),
     "timeout": ("It took longer than a series may take.", "Prepare it again with more time."),
+    "unexpected_error": ("Something that volssl does not foresee; the log names the place.", "Please report the log's line."),
     "worker_killed": ("The process that read it died twice.", "Look at its size; give it more memory."),
 }
 UNKNOWN = ("A code that this page does not know.", "See docs/index.md.")

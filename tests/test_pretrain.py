@@ -34,6 +34,10 @@ TINY = [
     "saving.pictures_every=4",
     "saving.validate_every=4",
     "saving.validation_batches=1",
+    "saving.health_every=4",
+    "saving.health_patches=8",
+    "saving.probe_every=4",
+    "saving.probe_patches=8",
 ]
 
 
@@ -109,11 +113,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_store, whole, tmp_pat
     real_step = pretrain._step
     calls = []
 
-    def step_then_signal(current, party, lr, scans):
+    def step_then_signal(current, party, lr):
         calls.append(1)
         if len(calls) in (3, 6):  # two interruptions
             os.kill(os.getpid(), (signal.SIGTERM, signal.SIGUSR1)[len(calls) == 6])
-        return real_step(current, party, lr, scans)
+        return real_step(current, party, lr)
 
     monkeypatch.setattr(pretrain, "_step", step_then_signal)
     override = f"patches.workers={workers}"

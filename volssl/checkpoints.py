@@ -7,7 +7,7 @@ import math
 import pickle
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -87,13 +87,40 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+class Terms:
+    """The numbers of a step on their way to the host: one transfer, which nobody waits for before `read`.
+
+    So a GPU need not stand still after every step: the loop reads the numbers of a step while it computes the next, and always before
+    anything is written.
+
+    Args: values: scalars on one device, by name. step, scans: told if one is not finite. forgiven: names that may be infinite or NaN,
+        and are then read as 0: a gradient's norm where a gradient scaler skips the step.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], *, step: int, scans: list[str], forgiven: Collection[str] = ()) -> None:
+        self._names, self._step, self._scans, self._forgiven = list(values), step, scans, forgiven
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self._done: torch.cuda.Event | None = None
+        self._numbers = stacked
+        if stacked.is_cuda:
+            self._numbers = torch.empty(stacked.shape, pin_memory=True).copy_(stacked, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> dict[str, float]:
+        """The numbers. Raises: NotFinite: naming the step, the scans of the batch and every term that is not finite."""
+        if self._done is not None:
+            self._done.synchronize()
+        numbers = dict(zip(self._names, self._numbers.tolist(), strict=True))
+        bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value) and name not in self._forgiven]
+        if bad:
+            raise NotFinite(
+                f"step {self._step}: every loss must be finite; found {', '.join(bad)} on scans {', '.join(sorted(set(self._scans)))}; "
+                "the last checkpoint is from before this step: lower the learning rate, or look at these scans and exclude them"
+            )
+        return {name: value if math.isfinite(value) else 0.0 for name, value in numbers.items()}
+
+
 def check_finite(losses: Mapping[str, Tensor], *, step: int, scans: list[str]) -> dict[str, float]:
-    """The losses as numbers. Raises: NotFinite: naming the step, the scans of the batch and every term that is not finite."""
-    numbers = {name: float(value.detach()) for name, value in losses.items()}
-    bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
-    if bad:
-        raise NotFinite(
-            f"step {step}: every loss must be finite; found {', '.join(bad)} on scans {', '.join(sorted(set(scans)))}; "
-            "the last checkpoint is from before this step: lower the learning rate, or look at these scans and exclude them"
-        )
-    return numbers
+    """The losses as numbers, at once; see `Terms`. Raises: NotFinite."""
+    return Terms(losses, step=step, scans=scans).read()

@@ -184,6 +184,17 @@ def track(items: Iterable[T], *, total: int, label: str, start: int = 0) -> Iter
             sys.stderr.flush()
 
 
+def tell(text: str) -> None:
+    """One line on stderr, above a progress bar if there is one."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+        return
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import volssl
-from volssl.files import write_json, write_text
+from volssl.files import tell, write_json, write_text
 
 
 class Journal:
@@ -41,6 +41,7 @@ class Journal:
         kept = [line for line in self._lines() if json.loads(line)["step"] <= steps_done]
         self._seconds_before = max((json.loads(line).get("seconds", 0.0) for line in kept), default=0.0)
         write_text(self._path, "".join(line + "\n" for line in kept))
+        self._warned = {key for line in kept for key in json.loads(line) if key.startswith("warning/")}
         self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
 
@@ -63,6 +64,17 @@ class Journal:
         self._stream.flush()
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
+
+    def warn(self, kind: str, text: str, *, step: int, progress: float) -> None:
+        """Say what is amiss on stderr and in a row of its own, `warning/<kind>`; each kind once in a run, also over a resume."""
+        if self._silent or f"warning/{kind}" in self._warned:
+            return
+        self._warned.add(f"warning/{kind}")
+        row = {"step": step, "progress": round(progress, 6), f"warning/{kind}": text}
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        self._board.add_text(f"warning/{kind}", text, step)
+        tell(f"step {step}: {text}")
 
     def __enter__(self) -> Journal:
         return self

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import volssl
 from volssl import processes
 from volssl import recipe as recipes
-from volssl.checkpoints import Checkpoints, StopSignal, check_finite
+from volssl.checkpoints import Checkpoints, StopSignal, Terms
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, claim_out, track
 from volssl.journal import Clock, Journal, write_environment
 from volssl.methods.method import AbstractMethod
 from volssl.patches import PatchPlan, PatchStream, Source
-from volssl.running import Run, Training, open_fabric, scaler_of, start, stream_of, views_of
+from volssl.running import Run, Training, open_fabric, scaler_of, start, stream_of, views_of, world_size
 from volssl.schedule import warmup_cosine
 from volssl.store import Store
-from volssl.watch import Saving, look
+from volssl.watch import Saving, look, look_at_untrained
 
 PARTS = {"net": "nets", "method": "methods", "patches": PatchPlan, "training": Training, "saving": Saving}
 
@@ -46,7 +46,7 @@ def run(
     made = recipes.parse(values, PARTS, str(recipe))
     opened = Store.open(Path(store))
     method = _method(made)
-    method.check(made["patches"].box_vox, made["patches"].batch_size)
+    method.check(made["patches"].box_vox, made["patches"].batch_size * world_size())
     training = made["training"]
     PatchStream(opened, made["patches"], source=Source(seed=training.seed), steps=1)
     fabric = open_fabric(training.precision)
@@ -64,6 +64,8 @@ def run(
     if processes.rank() == 0:
         write_environment(out, device=fabric.device, precision=str(fabric._precision.precision), seed=training.seed)
     with StopSignal() as stop, Journal(out, steps_done=current.steps_done, silent=processes.rank() > 0) as journal:
+        if current.steps_done == 0:
+            look_at_untrained(current, made["saving"], journal)
         _train(current, made["saving"], checkpoints, journal, stop)
     if current.steps_done < training.steps:
         return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume")
@@ -95,37 +97,38 @@ def _same_recipe(out: Path, values: dict[str, Any], *, resume: bool) -> None:
 def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Journal, stop: StopSignal) -> None:
     """The training loop: views, then per turn backward and step, then what is due is written."""
     training, method, fabric = current.training, current.method, current.fabric
-    batches = iter(
-        stream_of(current, "patches", "train", steps=training.steps * training.accumulate, first=current.steps_done * training.accumulate)
-    )
+    per_step = training.accumulate
+    batches = iter(stream_of(current, "patches", "train", steps=training.steps * per_step, first=current.steps_done * per_step))
     clock = Clock()
+    earlier: Terms | None = None
     remaining = range(current.steps_done, training.steps)
     for step in track(remaining, total=training.steps, label="pretrain", start=current.steps_done):
         progress = step / training.steps
         lr = training.lr * warmup_cosine((step + 1) / training.steps, warmup=training.warmup)
         with clock.waiting():
-            patches = [next(batches) for _ in range(training.accumulate)]
-        views = [views_of(current, batch, step * training.accumulate + i) for i, batch in enumerate(patches)]
-        scans = [scan for batch in patches for scan in batch.scan_ids]
-        sums: dict[str, float] = {}
-        for party, losses in _turns(current, views, progress, scans):
-            sums |= losses
-            sums[f"grad_norm/{party}"] = _step(current, party, lr, scans)
+            patches = [next(batches) for _ in range(per_step)]
+        views = [views_of(current, batch, step * per_step + i) for i, batch in enumerate(patches)]
+        sums: dict[str, Tensor] = {}
+        for party, losses in _turns(current, views, progress):
+            sums |= losses | {f"grad_norm/{party}": _step(current, party, lr)}
         method.after_step(progress)
         current.steps_done = step + 1
+        scans = [scan for batch in patches for scan in batch.scan_ids]
         clock.samples += len(scans)
-        if current.steps_done % saving.log_every == 0 or current.steps_done == training.steps:
-            numbers = {name: processes.mean(value, fabric.device) for name, value in sums.items()} | {"lr": lr}
-            journal.log(step=current.steps_done, progress=current.steps_done / training.steps, **clock.read(), **numbers)
-        look(current, saving, checkpoints, journal, views=views[0])
-        if checkpoints.due(current.steps_done):
-            checkpoints.save(current.state())
+        terms = Terms(sums, step=step, scans=scans, forgiven=sums if scaler_of(fabric) else ())
+        if earlier is not None:
+            earlier.read()
+        earlier = terms
+        if saving.due(current.steps_done) or current.steps_done == training.steps or checkpoints.due(current.steps_done):
+            _write_what_is_due(current, saving, checkpoints, journal, numbers=terms.read() | {"lr": lr}, clock=clock, views=views[0])
         if processes.mean(float(stop.asked), fabric.device) > 0:
             break
+    if earlier is not None:
+        earlier.read()
     checkpoints.save(current.state())
 
 
-def _turns(current: Run, views: list[Any], progress: float, scans: list[str]) -> Iterator[tuple[str, dict[str, float]]]:
+def _turns(current: Run, views: list[Any], progress: float) -> Iterator[tuple[str, dict[str, Tensor]]]:
     # All batches of an accumulated step play the same turn, then its party steps, then the next turn begins.
     plays = [current.method.turns(of_batch, progress) for of_batch in views]
     share = 1 / len(plays)
@@ -137,25 +140,35 @@ def _turns(current: Run, views: list[Any], progress: float, scans: list[str]) ->
             if turn is None:
                 return
             party, losses = turn
-            for name, value in check_finite(losses, step=current.steps_done, scans=scans).items():
-                sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + share * value
+            for name, value in losses.items():
+                sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + share * value.detach()
             current.fabric.backward(torch.stack(list(losses.values())).sum() * share)
         yield party, sums
 
 
-def _step(current: Run, party: str, lr: float, scans: list[str]) -> float:
+def _step(current: Run, party: str, lr: float) -> Tensor:
+    # Nothing here waits for the device: `Terms` reads the norm with the losses.
     optimizer, clip = current.optimizers[party], current.training.clip
     processes.average_gradients(current.method.parameters())
-    measured = current.fabric.clip_gradients(current.method, optimizer, max_norm=clip or float("inf"), error_if_nonfinite=False)
-    norm = float("nan") if measured is None else float(measured)
-    # A gradient scaler skips a step whose gradients overflowed and lowers its scale; without one nothing may be swallowed.
-    if scaler_of(current.fabric) is None:
-        check_finite({f"gradient of {party}": torch.tensor(norm)}, step=current.steps_done, scans=scans)
+    norm = current.fabric.clip_gradients(current.method, optimizer, max_norm=clip or float("inf"), error_if_nonfinite=False)
+    assert norm is not None
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm if math.isfinite(norm) else 0.0
+    return norm
+
+
+def _write_what_is_due(
+    current: Run, saving: Saving, checkpoints: Checkpoints, journal: Journal, *, numbers: dict[str, float], clock: Clock, views: Any
+) -> None:
+    step, last = current.steps_done, current.steps_done == current.training.steps
+    if step % saving.log_every == 0 or last:
+        numbers = processes.mean_of(numbers, current.fabric.device)
+        journal.log(step=step, progress=step / current.training.steps, **clock.read(), **numbers)
+    look(current, saving, checkpoints, journal, views=views)
+    if checkpoints.due(step):
+        checkpoints.save(current.state())
 
 
 def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: AbstractMethod) -> bundle.Card:

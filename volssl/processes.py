@@ -32,6 +32,24 @@ def mean(value: float, device: torch.device) -> float:
     return float(total) / count()
 
 
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, one under another in their order; every process must call it with as many rows."""
+    if count() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(count())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def mean_of(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Means of numbers by name over the processes, in one exchange; every process must call it with the same names."""
+    if count() == 1:
+        return values
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, (total / count()).tolist(), strict=True))
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes; those that took no part are the same ones everywhere."""
     if count() == 1:

@@ -50,7 +50,7 @@ def test_terms_equal_the_formulas_written_again():
 
     def head(level, features):
         pooled = features.mean((2, 3, 4))
-        projector, predictor = again.comparison_heads[level].projector, again.comparison_heads[level].predictor
+        projector, predictor = again.comparison_heads[str(level)].projector, again.comparison_heads[str(level)].predictor
         z = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + projector.eps).sqrt()
         hidden = z @ predictor[0].weight.T + predictor[0].bias
         hidden = ((hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()).clamp(min=0)
@@ -61,7 +61,7 @@ def test_terms_equal_the_formulas_written_again():
     torch.testing.assert_close(losses["restore"], ((y1 - g1) ** 2).mean(), atol=1e-6, rtol=1e-5)
 
     s0 = views.scale
-    layers = again.mid_heads[s0].layers
+    layers = again.mid_heads[str(s0)].layers
     mid = F.conv3d(decoded[0][s0], layers[0].weight, layers[0].bias, padding=1)
     mid = 1 / (1 + torch.exp(-(mid - mid.mean()) / (mid.var(unbiased=False) + 1e-5).sqrt()))
     up = F.interpolate(mid, size=(16, 16, 16), mode="trilinear")
@@ -199,7 +199,7 @@ def test_paper_terms():
     with torch.no_grad():
         maps = [again.net(v.seen) for v in (views.one, views.other)]
         squares = [
-            ((again.mid_heads[views.scale](m[views.scale], (16, 16, 16)) - v.target) ** 2).mean()
+            ((again.mid_heads[str(views.scale)](m[views.scale], (16, 16, 16)) - v.target) ** 2).mean()
             for m, v in zip(maps, (views.one, views.other), strict=True)
         ]
         torch.testing.assert_close(losses["restore_mid"], squares[0] + squares[1], atol=1e-6, rtol=1e-5)

@@ -24,7 +24,8 @@ from volssl.augment.spatial import Affine, Box, Sampler, compiled_sampler, take
 from volssl.draws import Draws, generator
 from volssl.files import BadInput
 from volssl.losses import siamese_distance
-from volssl.methods.method import AbstractMethod, Turn, middle
+from volssl.methods.method import AbstractMethod, Glance, Turn, middle
+from volssl.nets.blocks import Norm
 from volssl.nets.heads import ComparisonHead, MidRestorationHead, RestorationHead
 from volssl.nets.sides import side_fault
 from volssl.schedule import cosine
@@ -57,13 +58,15 @@ class Restoration:
     """Which views are restored and how.
 
     Attributes: views: "first" (the reference code), "both" (the paper) or "none". head: see `MidRestorationHead`. final: restore at full
-        resolution at every step, besides the drawn scale. fade: the mid-scale term fades by (1 + cos(pi progress)) / 2.
+        resolution at every step, besides the drawn scale. fade: beta, the weight of the drawn scale's term, falls from 1 to 0 over the run
+        by (1 + cos(pi progress)) / 2; otherwise it stays 1. norm: in the heads of the scales; by default the net's.
     """
 
     views: Literal["first", "both", "none"] = "first"
     head: RestorationHead = "sigmoid"
     final: bool = True
     fade: bool = True
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,18 @@ class Comparison:
 
     Attributes: globals: weight of the term of the two globals; locals: of all pairs of a global and a sub-crop; 0 leaves one out.
         reduction: "mean" (the reference code) or "sum" (the paper) over those pairs. scales: "each" pair draws its own decoder scale
-        (the reference code), or one scale is "shared" by all terms of a step (the paper).
+        (the reference code), or one scale is "shared" by all terms of a step (the paper). decoder_scales: the decoder's maps that are
+        drawn from, here and for the restoration, counted from the coarsest, 0; none named means all. norm: in the heads: "batch" over the
+        samples of the step, of which there must be two; "group" over 8 groups of a sample's channels and "instance" over all of them
+        (a pooled vector has no voxels to normalise over), both of which can take a batch of one.
     """
 
     globals: float = 1.0
     locals: float = 1.0
     reduction: Literal["mean", "sum"] = "mean"
     scales: Literal["each", "shared"] = "each"
+    decoder_scales: tuple[int, ...] = ()
+    norm: Norm = "batch"
 
 
 @dataclass(frozen=True)
@@ -144,11 +152,15 @@ class PCRLv2(AbstractMethod):
         self.restoration, self.comparison = restoration, comparison
         self.global_vox, self.local_vox = out_vox
         self.sampler: Sampler | None = None
-        channels, norm = self.net.decoder.channels, self.net.arguments["norm"]
-        self.comparison_heads = nn.ModuleList(ComparisonHead(c) for c in channels)
-        self.mid_heads = nn.ModuleList(MidRestorationHead(c, kind=restoration.head, norm=norm) for c in channels)
-        # Without a full-resolution term the head would never learn, so it is not there.
-        self.final_head = nn.Conv3d(channels[-1], 1, 1) if restoration.final else None
+        self.view_vox = self.global_vox
+        channels, norm = self.net.decoder.channels, restoration.norm or self.net.arguments["norm"]
+        self.scales = _scales(comparison.decoder_scales, len(channels))
+        # A head whose term is switched off would never learn, so it is not there.
+        compared = self.scales if comparison.globals or comparison.locals else ()
+        restored = self.scales if restoration.views != "none" else ()
+        self.comparison_heads = nn.ModuleDict({str(s): ComparisonHead(channels[s], norm=comparison.norm) for s in compared})
+        self.mid_heads = nn.ModuleDict({str(s): MidRestorationHead(channels[s], kind=restoration.head, norm=norm) for s in restored})
+        self.final_head = nn.Conv3d(channels[-1], 1, 1) if restored and restoration.final else None
 
     @property
     def encoder(self) -> nn.Module:
@@ -165,8 +177,11 @@ class PCRLv2(AbstractMethod):
         for name, size in (("global", self.global_vox), ("sub-crop", self.local_vox)):
             if (fault := side_fault(size, self.net.stride, norm=self.net.arguments["norm"])) is not None:
                 faults.append(f"method.out_vox: {name}: {fault}")
-        if batch_size < 2:
-            faults.append(f"patches.batch_size: batch normalisation in the comparison heads needs at least 2; found {batch_size}")
+        if batch_size < 2 and self.comparison_heads and self.comparison.norm == "batch":
+            faults.append(
+                "patches.batch_size: batch normalisation in the comparison heads needs at least 2 samples over all processes; found "
+                f"{batch_size}; raise it, or set method.comparison.norm to group"
+            )
         if self.restoration.views == "none" and not (self.comparison.globals or self.comparison.locals):
             faults.append("method: restoration or comparison must be on; found both off")
         if faults:
@@ -181,16 +196,17 @@ class PCRLv2(AbstractMethod):
             target = self._take(x_BCXYZ, box, self.global_vox, draws=stream, spacing_mm=spacing_mm)
             seen.append(View(self.corruption.seen(target, stream, swap=True), target))
         locals_ = []
-        for i, box in enumerate(boxes[2]):
+        for i, box in enumerate(boxes[2] if self.comparison.locals else []):
             stream = draws.fork(f"local{i}")
             crop = self._take(x_BCXYZ, box, self.local_vox, draws=stream, spacing_mm=spacing_mm)
             locals_.append(self.corruption.seen(crop, stream, swap=False))
         # The scales are drawn from the step alone: all samples, and all processes, share them.
-        scales = generator(draws.seed, "scales", draws.step).integers(len(self.comparison_heads), size=1 + 2 * len(locals_))
+        places = generator(draws.seed, "scales", draws.step).integers(len(self.scales), size=1 + 2 * len(locals_))
         if self.comparison.scales == "shared":
-            scales[:] = scales[0]
+            places[:] = places[0]
+        scale, *local_scales = (self.scales[place] for place in places)
         local_views = torch.cat(locals_) if locals_ else x_BCXYZ.new_empty(0)
-        return Views(seen[0], seen[1], local_views, (*boxes[:2], *boxes[2]), int(scales[0]), tuple(scales[1:].tolist()))
+        return Views(seen[0], seen[1], local_views, (*boxes[:2], *boxes[2]), scale, tuple(local_scales))
 
     def _take(self, x_BCXYZ: Tensor, box: Box, size: Size, *, draws: Draws, spacing_mm: tuple[float, float, float]) -> Tensor:
         return take(x_BCXYZ, box, size, matrix_B33=self.geometry.sample(draws), spacing_mm=spacing_mm, sampler=self.sampler)
@@ -201,43 +217,45 @@ class PCRLv2(AbstractMethod):
 
     def turns(self, views: Views, progress: float) -> Iterator[Turn]:
         """One turn with all terms; terms that are switched off are absent."""
-        maps = [self.net(views.one.seen), self.net(views.other.seen)]
-        losses: dict[str, Tensor] = {}
-        sides = {"first": (0,), "both": (0, 1), "none": ()}[self.restoration.views]
-        if sides:
-            fade = cosine(progress) if self.restoration.fade else 1.0
-            targets = [(views.one, views.other)[side].target.float() for side in sides]
-            if self.restoration.final:
-                final = [F.mse_loss(self._restored(maps[side]), target) for side, target in zip(sides, targets, strict=True)]
-                losses["restore"] = torch.stack(final).sum()
-            mid = [F.mse_loss(self._mid(maps[side], views.scale), target) for side, target in zip(sides, targets, strict=True)]
-            losses["restore_mid"] = fade * torch.stack(mid).sum()
-        losses |= self._comparisons(maps, views)
-        yield "all", losses
+        both = len(self.comparison_heads) > 0 or self.restoration.views == "both"
+        maps = [self.net(view.seen) for view in ((views.one, views.other) if both else (views.one,))]
+        yield "all", self._restorations(maps, views, progress) | self._comparisons(maps, views)
 
-    def _restored(self, maps: list[Tensor]) -> Tensor:
+    def _restorations(self, maps: list[list[Tensor]], views: Views, progress: float) -> dict[str, Tensor]:
+        """L_final and beta L_mid, over the views that are restored."""
+        losses = {}
+        sides = {"first": 1, "both": 2, "none": 0}[self.restoration.views]
+        pairs = [(of_view, view.target.float()) for of_view, view in zip(maps, (views.one, views.other), strict=False)][:sides]
+        if pairs and self.restoration.final:
+            losses["restore"] = torch.stack([F.mse_loss(self._final(of_view), target) for of_view, target in pairs]).sum()
+        if pairs:
+            beta = cosine(progress) if self.restoration.fade else 1.0
+            mid = [F.mse_loss(self._mid(of_view, views.scale), target) for of_view, target in pairs]
+            losses["restore_mid"] = beta * torch.stack(mid).sum()
+        return losses
+
+    def _final(self, maps: list[Tensor]) -> Tensor:
         assert self.final_head is not None, "restoration.final is off"
         return torch.sigmoid(self.final_head(maps[-1]).float())
 
     def _mid(self, maps: list[Tensor], scale: int) -> Tensor:
-        return self.mid_heads[scale](maps[scale], self.global_vox)
+        return self.mid_heads[str(scale)](maps[scale], self.global_vox)
 
     def _comparisons(self, maps: list[list[Tensor]], views: Views) -> dict[str, Tensor]:
+        """L_glob and L_loc: every sub-crop with both globals, never with another sub-crop."""
         number, batch = len(views.local_scales) // 2, len(views.one.seen)
-        use_locals = bool(self.comparison.locals) and number > 0
-        if use_locals:
-            # As in the reference the sub-crops pass the network together, so a head's statistics are those of all of them.
+        if self.comparison.locals and number:
             maps = [*maps, self.net(views.locals)]
 
         @cache
         def embed(view: int, scale: int) -> tuple[Tensor, Tensor]:
-            return self.comparison_heads[scale](maps[view][scale])
+            return self.comparison_heads[str(scale)](maps[view][scale])
 
         losses = {}
         if self.comparison.globals:
             (z, p), (w, q) = embed(0, views.scale), embed(1, views.scale)
             losses["compare_globals"] = self.comparison.globals * siamese_distance(p, z, q, w)
-        if use_locals:
+        if self.comparison.locals and number:
             distances = []
             for pair, scale in enumerate(views.local_scales):
                 (z, p), of_locals = embed(pair % 2, scale), embed(2, scale)
@@ -253,8 +271,31 @@ class PCRLv2(AbstractMethod):
         seen = middle(views.one.seen)
         low, high = seen.amin((1, 2, 3), keepdim=True), seen.amax((1, 2, 3), keepdim=True)
         columns = {"input": (seen - low) / (high - low).clamp(min=1e-6), "target": middle(views.one.target)}
-        if self.restoration.views != "none":
-            maps = self.net(views.one.seen)
-            restored = self._restored(maps) if self.restoration.final else self._mid(maps, len(maps) - 1)
-            columns["restored"] = middle(restored)
-        return columns
+        restored = self._best(self.net(views.one.seen))
+        return columns if restored is None else columns | {"restored": middle(restored)}
+
+    def _best(self, maps: list[Tensor]) -> Tensor | None:
+        """The restoration at the finest scale that is trained, or None."""
+        if self.restoration.views == "none":
+            return None
+        return self._final(maps) if self.restoration.final else self._mid(maps, max(self.scales))
+
+    def glance(self, views: Views) -> Glance:
+        """The globals' vectors at every scale in front of their heads, and the first global's restoration."""
+        features = [self.encoder(view.seen) for view in (views.one, views.other)]
+        maps = [self.net.decoder(of_view) for of_view in features]
+        pooled = {f"scale{s}": (maps[0][s].float().mean((2, 3, 4)), maps[1][s].float().mean((2, 3, 4))) for s in self.scales}
+        return Glance(pooled, len(self.comparison_heads) > 0, features[0][-1], self._best(maps[0]), views.one.target)
+
+    def features(self, x_BCXYZ: Tensor) -> Tensor:
+        """Mean of the encoder's deepest map, (B, D)."""
+        return self.encoder(zscore(x_BCXYZ))[-1].float().mean((2, 3, 4))
+
+
+def _scales(asked: tuple[int, ...], number: int) -> tuple[int, ...]:
+    if len(set(asked)) < len(asked) or not all(0 <= scale < number for scale in asked):
+        raise BadInput(
+            f"method.comparison.decoder_scales: must be different numbers of the decoder's {number} maps, 0 (coarsest) to {number - 1}; "
+            f"found {asked}"
+        )
+    return tuple(sorted(asked)) or tuple(range(number))

@@ -16,15 +16,15 @@ RestorationHead = Literal["sigmoid", "conv"]
 class ComparisonHead(nn.Module):
     """PCRLv2's Siamese head of one scale: global average pool -> BatchNorm1d = z; Linear-BN-ReLU-Linear of it = p.
 
-    Args: channels: of the decoded map, C.
+    Args: channels: of the decoded map, C. norm: in place of both BatchNorm1d, see `_vector_norm`.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, norm: Norm = "batch") -> None:
         super().__init__()
-        self.projector = BatchNorm1d(channels)
+        self.projector = _vector_norm(norm, channels)
         self.predictor = nn.Sequential(
             nn.Linear(channels, 2 * channels),
-            BatchNorm1d(2 * channels),
+            _vector_norm(norm, 2 * channels),
             nn.ReLU(inplace=True),
             nn.Linear(2 * channels, channels),
         )
@@ -34,6 +34,13 @@ class ComparisonHead(nn.Module):
         pooled_BC = map_BCXYZ.float().mean((2, 3, 4))
         z_BC = self.projector(pooled_BC)
         return z_BC, self.predictor(z_BC).float()
+
+
+def _vector_norm(norm: Norm, channels: int) -> nn.Module:
+    """Of vectors (B, C): batch over the samples; group over groups of a sample's channels; instance over all of them, as one group."""
+    if norm == "batch":
+        return BatchNorm1d(channels)
+    return nn.GroupNorm(1, channels) if norm == "instance" else make_norm("group", channels)
 
 
 class MidRestorationHead(nn.Module):

@@ -107,6 +107,7 @@ def measure(evidence: Evidence) -> dict[str, float]:
         one, other = (standardised(view) for view in views_N2D.unbind(1))
         numbers[f"std_{name}"] = spread(views_N2D[:, 0])
         numbers[f"rank_{name}"] = effective_rank(one)
+        numbers[f"rank_share_{name}"] = numbers[f"rank_{name}"] / min(one.shape)
         numbers[f"alignment_{name}"] = alignment(one, other)
     numbers["dead_channels"] = dead_share(evidence.lowest.amin(0), evidence.highest.amax(0))
     if len(evidence.restored):
@@ -131,9 +132,9 @@ class Range:
 
 
 # Bounds with a source are the source's; the others were chosen by this project, well outside of what its own runs on phantoms showed
-# (docs/pretrain.md lists them).
+# (docs/pretrain.md lists them). The rank is judged as a share of the most it could be, min(N, D).
 STD_LOW = 0.05
-RANK_LOW = 3.0
+RANK_SHARE_LOW = 0.1
 ALIGNMENT_LOW = 0.05
 DEAD_HIGH = 0.5
 GAIN_LOW_DB = 0.0
@@ -144,9 +145,10 @@ RANGES = (
         low=STD_LOW,
     ),
     Range(
-        "rank",
+        "rank_share",
         "patches differ along a few directions only; raise patches.batch_size, or weigh the comparison less against the restoration",
-        low=RANK_LOW,
+        low=RANK_SHARE_LOW,
+        after=0.1,
     ),
     Range(
         "alignment",

@@ -10,6 +10,8 @@ from volssl import load_decoder, load_encoder
 from volssl.export import bundle
 from volssl.files import BadInput
 from volssl.nets.folded import FoldedUNet
+from volssl.nets.resenc import ResEncUNet
+from volssl.nets.swinunetr import SwinUNETR
 from volssl.nets.unet import UNet
 
 
@@ -196,3 +198,23 @@ def test_a_changed_lost_or_unnamed_decoder_is_refused(with_decoder):
     (folder / "card.json").write_text(json.dumps(facts))
     with pytest.raises(BadInput, match="must name its sha256 under `decoder`"):
         bundle.load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("resenc", lambda channels: ResEncUNet(channels, features=(4, 6), blocks=(1, 1))),
+        ("swinunetr", lambda channels: SwinUNETR(channels, width=3, depths=(1,), window=3)),
+    ],
+)
+def test_encoders_of_other_packages_are_widened_too(tmp_path, name, make):
+    torch.manual_seed(0)
+    net = make(1)
+    facts = card(net, architecture={"name": name, "arguments": net.arguments})
+    loaded = bundle.load_bundle(bundle.write(tmp_path / "bundle", net.encoder, facts, decoder=net.decoder))
+    wide = make(3).encoder
+    bundle.into(wide, loaded)
+    x = torch.rand(1, 1, 8, 8, 8)
+    torch.testing.assert_close(wide(x.expand(-1, 3, -1, -1, -1))[-1], net.encoder(x)[-1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(BadInput, match="does not fit this encoder"):
+        bundle.into(UNet(width=4, depth=3).encoder, loaded)

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+import yaml
 from labelled import write_msd, write_recipe
 from safetensors.torch import load_file
 from test_pretrain import TINY, make_store, state
 
 from volssl import finetune, load_decoder, load_encoder, predict, pretrain
+from volssl.draws import Draws
 from volssl.files import BadInput
 from volssl.finetune import Options
+from volssl.recipe import parse
 
 # Recipe entries: one of every kind of normalisation, sides of the sub-crops (8) that leave more than a voxel, few channels.
 NETS = {
@@ -16,6 +19,11 @@ NETS = {
     "folded": "{name: folded, width: 4, depth: 2, norm: instance, unfolded: 4}",
     "resenc": "{name: resenc, features: [4, 6, 8], blocks: [1, 1, 2], strides: [1, [2, 2, 1], 2], norm: batch}",
     "swinunetr": "{name: swinunetr, width: 6, depths: [1], window: 3, norm: group}",
+}
+
+VIEWS = {
+    "crops": {"global_sizes_vox": [[16, 16, 16], [20, 20, 16]], "locals": 2, "local_sizes_vox": [[8, 8, 8]]},
+    "out_vox": [[16, 16, 16], [8, 8, 8]],
 }
 
 
@@ -66,6 +74,37 @@ def test_pretrain_bundle_finetune_predict(name, store, data, tmp_path, monkeypat
     assert len(starts) == 1 and load_file(tmp_path / "finetuned" / "model.safetensors")
     image = next((data / "imagesTr").iterdir())
     assert predict.run(tmp_path / "finetuned", [image], out=tmp_path / "maps").failed == 0
+
+
+@pytest.mark.parametrize(
+    "preset, norm, precision",
+    [
+        ("official", "batch", torch.bfloat16),
+        ("paper", "batch", torch.float32),
+        ("official", "instance", torch.float32),
+        ("official", "group", torch.float32),
+        ("paper", "group", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("name", NETS)
+def test_every_normalisation_trains_in_every_backbone_and_head(name, preset, norm, precision):
+    recipe = {"net": yaml.safe_load(NETS[name]) | {"norm": norm}, "method": {"name": "pcrlv2", "preset": preset, **VIEWS}}
+    made = parse(recipe, {"net": "nets", "method": "methods"}, "test")
+    torch.manual_seed(0)
+    method = made["method"].build(made["net"].build()).train()
+    method.check((24, 24, 24), 2)
+    reached: set[str] = set()
+    for step in range(6):
+        x = torch.rand(2, 1, 24, 24, 24, generator=torch.Generator().manual_seed(step))
+        views = method.views(x, Draws(0, step, 0, 2), spacing_mm=(1.0, 1.0, 1.0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+            [(_, losses)] = list(method.turns(views, 0.5))
+        method.zero_grad()
+        sum(losses.values()).backward()
+        gradients = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+        reached |= gradients.keys()
+    assert reached == {key for key, _ in method.named_parameters()}
 
 
 @pytest.mark.parametrize("name, stride", [("resenc", [4, 4, 2]), ("swinunetr", [4, 4, 4])])

@@ -6,8 +6,10 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
-from volssl.dicom import Limits, Unreadable, check, header, is_dicom, read_series
+from volssl.dicom import Unreadable, header, is_dicom
 from volssl.dicom_write import write_dicom_series
+from volssl.pixels import read_series, same_pixels
+from volssl.stacks import Limits, stacks_of
 from volssl.volume import Grid
 
 TAGS = {"PatientID": "Doe^Jane", "StudyInstanceUID": "2.25.1", "SeriesInstanceUID": "2.25.2", "BodyPartExamined": "CHEST"}
@@ -19,8 +21,9 @@ def series(tmp_path, phantom):
     return tmp_path
 
 
-def reasons(folder) -> list[str]:
-    return check([header(path) for path in sorted(folder.iterdir())])[2]
+def reasons(folder) -> set[str]:
+    stacks = stacks_of([header(path) for path in sorted(folder.iterdir())], same=same_pixels)
+    return {code for stack in stacks for code in stack.reasons}
 
 
 def change(path, **tags):
@@ -56,8 +59,8 @@ def test_header_tells_facts_and_whose_series_it_is(series):
     one = header(series / "IM00001.dcm")
     assert one.key == ("Doe^Jane", "2.25.1", "2.25.2")
     assert (one.modality, one.body_part, one.shape) == ("CT", "CHEST", (20, 24))
-    assert one.values == (-1024, 3071)
-    assert one.whole
+    assert one.pixels.values == (-1024, 3071)
+    assert one.pixels.whole and one.pixels.plain
     assert is_dicom(one.path)
 
 
@@ -105,8 +108,8 @@ def test_rounding_of_positions_is_no_gap(series, along):
 
 def test_min_slices_is_a_setting(series):
     slices = [header(path) for path in files(series)]
-    assert check(slices, Limits(min_slices=13))[2] == ["too_few_slices"]
-    assert not check(slices, Limits(min_slices=12))[2]
+    assert stacks_of(slices, Limits(min_slices=13), same=same_pixels)[0].reasons == ("too_few_slices",)
+    assert not stacks_of(slices, Limits(min_slices=12), same=same_pixels)[0].reasons
 
 
 def test_slopes_that_are_fractions_and_differ_are_applied_slice_by_slice(series, phantom):

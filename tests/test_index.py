@@ -6,6 +6,7 @@ import stat
 
 import numpy as np
 import pytest
+from conftest import body_phantom
 
 from volssl import archive, index
 from volssl.dicom_write import write_dicom_series
@@ -30,14 +31,14 @@ def hospital(tmp_path, phantom):
     root = tmp_path / "SecretClinic"
     tags = {"PatientName": PLANTED[0], "StudyDate": PLANTED[2], "BodyPartExamined": PLANTED[1], "InstitutionName": PLANTED[3]}
     for number in (1, 2, 3):
-        write_series(root / f"Doe^Jane{number}", phantom, patient=f"Doe^Jane{number}", series=number, **tags)
+        write_series(root / f"Doe^Jane{number}", (body_phantom(seed=number), grid), patient=f"Doe^Jane{number}", series=number, **tags)
     write_series(root / "broken", phantom, patient="Doe^Jane1", series=11, **tags)
     sorted((root / "broken").iterdir())[4].unlink()
     other = array[::-1].copy()
     archive.write_nifti(root / "Janes_head.nii.gz", other, grid, np.int16)
     turned = Volume(other[None], grid).reoriented("PIR")
     archive.write_nifti(root / "again.nii.gz", turned.array_CXYZ[0], turned.grid, np.float32)
-    archive.write_nifti(root / "mr.nii.gz", array + 1010, grid, np.int16)
+    archive.write_nifti(root / "mr.nii.gz", body_phantom(seed=9) + 1010, grid, np.int16)
     archive.write_nifti(root / "label.nii.gz", (array > 0) + (array > 300), grid, np.uint8)
     whole = (root / "mr.nii.gz").read_bytes()
     (root / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
@@ -171,30 +172,12 @@ def noisy(low, high):
     return np.random.default_rng(0).integers(low, high, (1, 12, 12, 12))
 
 
-def test_modality_is_told_from_values():
-    assert index.modality_of(noisy(-1024, 1500)) == "CT"
-    assert index.modality_of(noisy(-3024, 1500)) == "CT"
-    assert index.modality_of(noisy(0, 1_700_000)) == "MR"
-    assert index.modality_of(noisy(-40, 800)) == "MR"
-    assert index.modality_of(noisy(-600, 30_000)) == ""
-    assert index.modality_of(noisy(-32768, 1500)) == ""
-
-
 def test_modality_can_be_given(tmp_path):
     archive.write_nifti(tmp_path / "x.nii.gz", noisy(0, 3000)[0], Grid((12, 12, 12), np.eye(4)), np.int16)
     index.build([tmp_path / "x.nii.gz"], out=tmp_path / "index", gates=index.Gates(modality="CT"))
     assert index.load(tmp_path / "index").rows[0].modality == "CT"
     with pytest.raises(BadInput, match="must be one of CT, MR, PT"):
         index.Gates(modality="Xray")
-
-
-def test_label_maps_are_told_from_images_of_few_grey_levels():
-    blocks = np.kron(np.random.default_rng(0).integers(0, 5, (3, 3, 3)), np.ones((4, 4, 4), dtype=int))
-    assert index.is_label_map(blocks)
-    assert index.is_label_map(blocks.astype(np.float32))
-    assert not index.is_label_map(blocks * 0.5)
-    assert not index.is_label_map(blocks - 1)
-    assert not index.is_label_map(noisy(0, 100)[0])
 
 
 @pytest.mark.parametrize("damage", ["no_index", "no_private", "strange"])
@@ -224,10 +207,3 @@ def test_real_archives_are_accepted_or_refused_with_a_reason(real_data, tmp_path
     assert all(any(word in name for word in ("seg", "label", "nodule", "pulmonary_artery")) for name in labels)
     assert accepted | labels == set(verdicts)
     assert {name for name in accepted if verdicts[name][0] == "MR"} == {"example_mr_sm.nii.gz"}
-
-
-def test_real_hippocampus_images_are_no_label_maps(real_data, tmp_path):
-    images = sorted((real_data / "brain_mr/Task04_Hippocampus/imagesTr").iterdir())[:40]
-    labels = sorted((real_data / "brain_mr/Task04_Hippocampus/labelsTr").iterdir())[:40]
-    assert not [path.name for path in images if index.is_label_map(archive.read_image(path).array_CXYZ[0])]
-    assert all(index.is_label_map(archive.read_image(path).array_CXYZ[0]) for path in labels)

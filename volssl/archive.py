@@ -1,29 +1,34 @@
-"""Find scans on disk; read and write one. The only door, with `dicom`, to nibabel, SimpleITK's readers and pydicom.
+"""Find scans on disk; read and write one.
 
 Formats: DICOM series, NIfTI (.nii, .nii.gz, .hdr/.img pairs), MetaImage (.mha, .mhd), NRRD (.nrrd, .nhdr).
-Everything leaves here in world RAS+ (LPS of DICOM and ITK is turned here and nowhere else), with the voxel order of the file.
+Everything leaves here in world RAS+ (LPS of DICOM and ITK is turned in `stacks` and `formats` and nowhere else), with the voxel order of
+the file, or of the box that a mended series is drawn on.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 
-from volssl.dicom import LPS_TO_RAS, Slice, Unreadable, header, is_dicom, quiet, read_series
+from volssl.dicom import Slice, Unreadable, frames_of, header, is_dicom
 from volssl.files import BadInput, atomic
+from volssl.formats import META, NIFTI, NRRD, read_file
+from volssl.pixels import read_series
+from volssl.stacks import Limits
 from volssl.volume import Grid, Volume
 
-NIFTI = (".nii", ".nii.gz", ".hdr")
-ITK = (".mha", ".mhd", ".nrrd", ".nhdr")
+IMAGES = NIFTI + META + NRRD
 COMPANIONS = (".raw", ".zraw", ".raw.gz", ".img", ".img.gz")  # pixels of a header file that is found by itself
-UNSUPPORTED = (".zip", ".mgz", ".mgh", ".mnc", ".par", ".rec", ".brik", ".head", ".dcm", ".ima", ".nii.bz2", ".nii.zst")
+ZIPPED = (".zip", ".tar", ".tgz", ".7z", ".rar")
+UNSUPPORTED = (".mgz", ".mgh", ".mnc", ".par", ".rec", ".brik", ".head", ".dcm", ".ima", ".nii.bz2", ".nii.zst", *ZIPPED)
+IGNORED = {"companion", "not_an_image"}
 SHEAR = 1e-3  # largest |cosine| between two array axes: a sheared grid is no box of voxels
 
 
@@ -40,24 +45,27 @@ class Found:
 class Source:
     """How the voxels of one scan are read again: `read_source` takes it alone, from any process.
 
-    Args: kind: "dicom" or "file". files: of a series in the order of the slices, or the one image file. part: of a multi-frame file the
+    Args: kind: "dicom" or "file". files: of a stack in the order of its slices, or the one image file. part: of a multi-frame file the
         frames in order, of a 4D file the one index along its last axis; () is all there is. repairs: codes of what reading has to mend,
-        and may; anything else that is wrong is an error.
+        and may; anything else that is wrong is an error. limits: what the stack was held to.
     """
 
     kind: str
     files: tuple[Path, ...]
     part: tuple[int, ...] = ()
     repairs: tuple[str, ...] = ()
+    limits: Limits = Limits()
 
     def as_json(self) -> dict[str, Any]:
         """For private/sources.jsonl: plain values."""
-        return {"kind": self.kind, "files": list(map(str, self.files)), "part": list(self.part), "repairs": list(self.repairs)}
+        values = {"kind": self.kind, "files": list(map(str, self.files)), "part": list(self.part), "repairs": list(self.repairs)}
+        return values | ({"limits": asdict(self.limits)} if self.limits != Limits() else {})
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Source:
         """From such values. Raises: KeyError, TypeError: not such values."""
-        return cls(values["kind"], tuple(map(Path, values["files"])), tuple(values["part"]), tuple(values["repairs"]))
+        files = tuple(map(Path, values["files"]))
+        return cls(values["kind"], files, tuple(values["part"]), tuple(values["repairs"]), Limits(**values.get("limits", {})))
 
 
 @dataclass(frozen=True)
@@ -79,16 +87,15 @@ def find(paths: Sequence[Path], *, over: Callable[..., Iterable[Any]] = map) -> 
     unreadable: dict[Path, str] = {}
     scans: list[Found] = []
     dicom: list[Path] = []
-    for path in _files(paths):
-        kind = _kind(path)
+    for path, kind in walk(paths):
         if kind == "dicom":
             dicom.append(path)
         elif kind == "file":
             scans.append(Found("file", (path,)))
         else:
-            (ignored if kind in ("companion", "not_an_image") else unreadable)[path] = kind
+            (ignored if kind in IGNORED else unreadable)[path] = kind
     series: dict[tuple[str, str, str], list[Slice]] = {}
-    for path, answer in zip(dicom, over(_header_or_code, dicom), strict=True):
+    for path, answer in zip(dicom, over(header_or_code, dicom), strict=True):
         if isinstance(answer, str):
             unreadable[path] = answer
         else:
@@ -97,49 +104,79 @@ def find(paths: Sequence[Path], *, over: Callable[..., Iterable[Any]] = map) -> 
     return Findings(found + scans, ignored, unreadable)
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    seen: set[Path] = set()
+def walk(paths: Sequence[Path], *, is_new: Callable[[int, int], bool] | None = None) -> Iterator[tuple[Path, str]]:
+    """Every file once, in an order of its own, with "dicom", "file", or the code of why it is neither.
+
+    Folders that cannot be entered come too. Args: is_new: whether a file, by device and number, was not met before.
+    Raises: BadInput: if a path does not exist.
+    """
+    seen: set[tuple[int, int]] = set()
+
+    def first_time(device: int, number: int) -> bool:
+        before = len(seen)
+        seen.add((device, number))
+        return len(seen) > before
+
+    is_new = is_new or first_time
     for path in map(Path, paths):
         if not path.exists():
             raise BadInput(f"archive {path}: must exist; found nothing there")
-        inside = [path] if path.is_file() else (Path(at) / name for at, dirs, names in _walk(path) for name in names)
-        for file in inside:
-            real = file.resolve() if file.is_symlink() else file.absolute()
-            if real not in seen:
-                seen.add(real)
-                yield file.absolute()
+        for file, trouble in [(path, "")] if path.is_file() else _inside(path):
+            kind = trouble or _kind(file)
+            try:
+                facts = os.stat(file)  # noqa: PTH116 - a string is faster here, and this is done for every file
+                if stat.S_ISREG(facts.st_mode) and not is_new(facts.st_dev, facts.st_ino):
+                    continue  # a link to it, or a second look at its folder
+            except OSError:
+                pass  # its kind says so
+            yield file.absolute(), kind
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    for at, dirs, names in os.walk(folder):
+def _inside(folder: Path) -> Iterator[tuple[Path, str]]:
+    troubles: list[tuple[Path, str]] = []
+
+    def trouble(error: OSError) -> None:
+        code = "no_permission" if isinstance(error, PermissionError) else "unreadable_folder"
+        troubles.append((Path(error.filename or folder), code))
+
+    for at, dirs, names in os.walk(folder, onerror=trouble):
         dirs.sort()  # so that nothing depends on the file system's order
-        yield at, dirs, sorted(names)
+        yield from ((Path(at) / name, "") for name in sorted(names))
+        yield from troubles
+        troubles.clear()
+    yield from troubles
 
 
 def _kind(path: Path) -> str:
-    # "dicom", "file", or the code of why it is neither.
+    suffix = _suffix(path)
     try:
-        if path.stat().st_size == 0:
-            return "empty_file" if _suffix(path) in NIFTI + ITK else "not_an_image"
-        if _suffix(path) in NIFTI + ITK:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            return "not_an_image"  # a pipe, a socket: nothing to open
+        if facts.st_size == 0:
+            return "empty_file" if suffix in IMAGES + UNSUPPORTED else "not_an_image"
+        if suffix in IMAGES:
             return "file" if os.access(path, os.R_OK) else "no_permission"
-        if path.is_file() and is_dicom(path):
+        if is_dicom(path):
             return "dicom"
     except PermissionError:
         return "no_permission"
     except OSError:
         return "missing"
-    if _suffix(path) in COMPANIONS:
+    if suffix in COMPANIONS:
         return "companion"
-    return "unsupported_format" if _suffix(path) in UNSUPPORTED else "not_an_image"
+    if suffix in ZIPPED:
+        return "packed_archive"
+    return "unsupported_format" if suffix in UNSUPPORTED else "not_an_image"
 
 
 def _suffix(path: Path) -> str:
     both = "".join(path.suffixes[-2:]).lower()
-    return both if both in NIFTI + COMPANIONS + UNSUPPORTED else path.suffix.lower()
+    return both if both in IMAGES + COMPANIONS + UNSUPPORTED else path.suffix.lower()
 
 
-def _header_or_code(path: Path) -> Slice | str:
+def header_or_code(path: Path) -> Slice | str:
+    """The header of a DICOM file, or the code of why it has none."""
     try:
         return header(path)
     except Unreadable as error:
@@ -153,19 +190,34 @@ def read(found: Found) -> Volume:
 
 def read_source(source: Source) -> Volume:
     """Read the scan that an index names, mended as its `repairs` say. Raises: Unreadable: with a `code`."""
-    volume = read_files(source.files)
-    if source.kind == "file" and source.part:
-        (channel,) = source.part
-        volume = Volume(volume.array_CXYZ[channel : channel + 1], volume.grid)
-    return volume
+    if source.kind == "file":
+        volume = read_files(source.files)
+        if not source.part:
+            return volume
+        (number,) = source.part
+        if number >= len(volume.array_CXYZ):
+            raise Unreadable("truncated", f"{source.files[0]}: must hold volume {number}; found {len(volume.array_CXYZ)}")
+        return Volume(volume.array_CXYZ[number : number + 1], volume.grid)
+    return _checked(read_series(_slices(source), limits=source.limits, repairs=source.repairs), source.files[0])
+
+
+def _slices(source: Source) -> list[Slice]:
+    if not source.part:
+        return [header(path) for path in source.files]
+    frames = {path: frames_of(header(path)) for path in dict.fromkeys(source.files)}
+    files = source.files * len(source.part) if len(source.files) == 1 else source.files
+    try:
+        return [frames[path][number] for path, number in zip(files, source.part, strict=True)]
+    except IndexError:
+        raise Unreadable("truncated", f"{files[0]}: must hold {len(source.part)} frames; found fewer") from None
 
 
 def read_files(files: Sequence[Path]) -> Volume:
     """Read the files of one DICOM series, or one image file, afresh. Raises: Unreadable: with a `code`."""
     if gone := [path for path in files if not path.exists()]:
         raise Unreadable("missing", f"{gone[0]}: must exist; found nothing there")
-    if len(files) == 1 and _suffix(files[0]) in NIFTI + ITK:
-        volume = _read_file(files[0])
+    if len(files) == 1 and _suffix(files[0]) in IMAGES:
+        volume = read_file(files[0])
     else:
         volume = read_series([header(path) for path in files])
     return _checked(volume, files[0])
@@ -180,18 +232,21 @@ def read_image(path: Path) -> Volume:
     path = Path(path)
     if not path.exists():
         raise Unreadable("missing", f"{path}: must exist; found nothing there")
-    if path.is_file() and _suffix(path) in NIFTI + ITK:
+    if path.is_file() and _suffix(path) in IMAGES:
         return read_files([path])
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not is_dicom(path):
-        raise Unreadable("not_an_image", f"{path}: must be DICOM or one of {', '.join(NIFTI + ITK)}; found another kind of file")
+        raise Unreadable("not_an_image", f"{path}: must be DICOM or one of {', '.join(IMAGES)}; found another kind of file")
     slices = [header(file) for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) == "dicom"]
     if path.is_file():
         slices = [one for one in slices if one.key == header(path).key]
     keys = {one.key for one in slices if "not_an_image" not in one.faults}
     if len(keys) != 1:
         raise Unreadable("not_one_series", f"{path}: must hold one DICOM series; found {len(keys)}; name a file of the one meant")
-    return _checked(read_series([one for one in slices if one.key in keys]), path)
+    slices = [one for one in slices if one.key in keys]
+    if len(slices) == 1 and slices[0].frames > 1:
+        return _checked(read_series(frames_of(slices[0]), repairs=("read_frames",)), path)
+    return _checked(read_series(slices), path)
 
 
 def read_label(path: Path) -> Volume:
@@ -206,58 +261,6 @@ def read_label(path: Path) -> Volume:
             raise BadInput(f"label {path}: must hold whole numbers; found fractions; is it an image?")
         array = whole
     return Volume(array, volume.grid)
-
-
-def _read_file(path: Path) -> Volume:
-    try:
-        return _read_nifti(path) if _suffix(path) in NIFTI else _read_itk(path)
-    except (Unreadable, MemoryError):
-        raise
-    except PermissionError:
-        raise Unreadable("no_permission", f"{path}: must be readable; permission denied") from None
-    except EOFError:
-        raise Unreadable("truncated", f"{path}: ends before its last voxel") from None
-    except Exception as error:  # a parser on foreign bytes may raise anything
-        raise Unreadable("undecodable", f"{path}: cannot be decoded ({type(error).__name__}); is it whole?") from None
-
-
-def _read_nifti(path: Path) -> Volume:
-    image: Any = nibabel.load(path, mmap=False)
-    if not isinstance(image, nibabel.Nifti1Pair) or not (image.header["qform_code"] or image.header["sform_code"]):
-        raise Unreadable("no_orientation", f"{path}: must have a q-form or an s-form; without, left and right are not known")
-    affine, array = np.asarray(image.affine), np.asanyarray(image.dataobj)
-    if array.dtype.fields:
-        raise Unreadable("rgb", f"{path}: must hold one number per voxel; found colours")
-    while array.ndim > 3 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim not in (3, 4):
-        raise Unreadable("not_3d", f"{path}: must have three axes, or four with channels last; found {array.ndim}")
-    array_CXYZ = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
-    x, y, z = array_CXYZ.shape[1:]
-    return Volume(_native(array_CXYZ), Grid((x, y, z), affine))
-
-
-def _read_itk(path: Path) -> Volume:
-    with quiet():
-        image = sitk.ReadImage(str(path))
-    if image.GetDimension() != 3:
-        raise Unreadable("not_3d", f"{path}: must have three axes; found {image.GetDimension()}")
-    if _suffix(path) in (".nrrd", ".nhdr") and not image.HasMetaDataKey("NRRD_space"):
-        raise Unreadable("no_orientation", f"{path}: must name its space; without, left and right are not known")
-    array = sitk.GetArrayFromImage(image)
-    array_CXYZ = array.transpose(2, 1, 0)[None] if array.ndim == 3 else array.transpose(3, 2, 1, 0)
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    x, y, z = image.GetSize()
-    return Volume(_native(array_CXYZ), Grid((x, y, z), LPS_TO_RAS @ affine))
-
-
-def _native(array: np.ndarray) -> np.ndarray:
-    # Scaled NIfTI comes as float64, which nobody needs; whole numbers up to 2^24 stay exact in float32.
-    if array.dtype.kind == "f":
-        return array.astype(np.float32, copy=False)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _checked(volume: Volume, path: Path) -> Volume:

@@ -1,36 +1,31 @@
-"""The DICOM half of the archive: headers by pydicom, the order of slices and its checks by us, pixels by SimpleITK.
-
-Common readers turn a broken series into wrong anatomy without a word: a missing slice becomes a larger spacing, a tilted gantry an
-upright box. So the affine comes from our own reading of the positions, and SimpleITK only decodes the files in our order.
-"""
+"""What the header of a DICOM file says of its images: by the lean walk of `headers`, and by pydicom where a file is odd."""
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-import SimpleITK as sitk
+from pydicom.multival import MultiValue
 
+from volssl import headers
 from volssl.files import BadInput
-from volssl.volume import Grid, Volume
+from volssl.headers import Header, Odd, Values
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 VOLUME_MODALITIES = ("CT", "MR", "PT")
-PIXELS = 0x7FE00010
-UNDEFINED_LENGTH = 0xFFFFFFFF
-DEFLATED = "1.2.840.10008.1.2.1.99"
-KEYWORDS = """
-    PatientID StudyInstanceUID SeriesInstanceUID SOPInstanceUID Modality BodyPartExamined ImageType Rows Columns
-    SamplesPerPixel PhotometricInterpretation NumberOfFrames BitsAllocated BitsStored PixelRepresentation RescaleSlope
-    RescaleIntercept RescaleType PixelSpacing ImagePositionPatient ImageOrientationPatient PixelData"""
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+# Values of ImageType that name what was computed from images: projections, reformats, maps, screens.
+COMPUTED = set(
+    "MIP MINIP MPR CPR PROJECTION VRT SSD 3D VOLREN RENDERED SCREENSHOT SCREEN CAPTURE REPORT POSDISP COLLAGE SUBTRACTION SUB PERFUSION "
+    "ADC EADC FA TRACEW TENSOR TTP CBF CBV MTT RCBV RCBF PHASE VELOCITY T1_MAP T2_MAP T2_STAR_MAP FIELD_MAP".split()
+) | {"PROJECTION IMAGE", "VOLUME RENDER", "DOSE_INFO", "T1 MAP", "T2 MAP", "PHASE MAP"}
+AIR_HU = -200  # a CT whose bits cannot hold this or less is not in HU
 
 # pydicom quotes header values when it finds them odd: patients' data, which no log may hold.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -48,35 +43,62 @@ class Unreadable(BadInput):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a series must keep to be taken as one even, upright stack of slices."""
+class Pixels:
+    """How the pixels of one file are stored. `offset` and `length` in bytes; `length` may be undefined if they are encapsulated."""
 
-    min_slices: int = 8
-    position_mm: float = 0.1  # a slice may lie this far off its even place: positions are often written with one decimal
-    position_share: float = 0.05  # or this share of the slice step, if that is more
-    missing_from: float = 1.5  # a gap of this many usual steps or more means that slices are missing
-    tilt_deg: float = 0.2  # between the stack's direction and the normal of the slices
-    direction: float = 1e-3  # largest difference between direction cosines of one series
+    syntax: str
+    offset: int
+    length: int
+    allocated: int
+    stored: int
+    signed: bool
+    slope: float
+    intercept: float
+
+    @property
+    def plain(self) -> bool:
+        """Whether they lie in the file as little-endian whole numbers."""
+        return self.syntax in (headers.IMPLICIT, headers.EXPLICIT) and self.length != headers.UNDEFINED and self.allocated in (8, 16, 32)
+
+    @property
+    def whole(self) -> bool:
+        """Whether rescaling keeps whole numbers whole."""
+        return self.slope.is_integer() and self.intercept.is_integer()
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """Least and largest value that the bits can hold, after rescaling."""
+        ends = (-(2 ** (self.stored - 1)), 2 ** (self.stored - 1) - 1) if self.signed else (0, 2**self.stored - 1)
+        low, high = sorted(end * self.slope + self.intercept for end in ends)
+        return low, high
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What the header of one DICOM file says. Lengths in mm, world LPS as in DICOM; `faults` are reason codes."""
+    """What the header of one DICOM file, or of one frame of it, says. Lengths in mm, world LPS; `faults` are reason codes.
+
+    `kind` tells apart what may share a series and a place: kernel, acquisition, echo time, b-value, time point, type of image.
+    `frame` is -1 if the file holds one image.
+    """
 
     path: Path
     patient: str
     study: str
     series: str
     instance: str
+    number: int
     modality: str
     body_part: str
+    vendor: str
     shape: tuple[int, int]  # rows, columns
     spacing: tuple[float, ...]  # between rows, between columns
     position: tuple[float, ...]
     axes: tuple[float, ...]  # direction along a row, then along a column
-    values: tuple[float, float]  # least and largest value that its bits can hold, after rescaling
-    whole: bool  # rescaling keeps whole numbers whole
+    kind: tuple[tuple[str, str], ...]
+    pixels: Pixels
     faults: tuple[str, ...]
+    frames: int = 1
+    frame: int = -1
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -84,187 +106,221 @@ class Slice:
         return self.patient, self.study, self.series or f"folder:{self.path.parent}"
 
 
+KINDS = {
+    "kernel": "ConvolutionKernel",
+    "acquisition": "AcquisitionNumber",
+    "time": "TemporalPositionIdentifier",
+    "echo": "EchoTime",
+    "b_value": "DiffusionBValue",
+    "image_type": "ImageType",
+}
+
+
 def is_dicom(path: Path) -> bool:
-    """Whether the file bears the DICM mark behind its preamble; extensions say nothing. Raises: OSError."""
-    with open(path, "rb") as stream:
-        stream.seek(128)
-        return stream.read(4) == b"DICM"
+    """Whether the file begins like DICOM, with or without preamble; extensions say nothing. Raises: OSError."""
+    with open(path, "rb", buffering=0) as stream:
+        return headers.begins_like_dicom(stream.read(132))
 
 
 def header(path: Path) -> Slice:
     """Read the header of one DICOM file; pixels are measured, not read. Raises: Unreadable."""
+    path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # these quote header values as well
-            data = pydicom.dcmread(path, defer_size=1024, specific_tags=list(KEYWORDS.split()))
-            return _slice(path, data)
+        try:
+            found = headers.scan(path)
+        except Odd:
+            found = _by_pydicom(path)
+        return _slice(path, found)
+    except (Unreadable, MemoryError):
+        raise
     except PermissionError:
         raise Unreadable("no_permission", f"{path}: must be readable; permission denied") from None
-    except MemoryError:
-        raise
+    except FileNotFoundError:
+        raise Unreadable("missing", f"{path}: must exist; found nothing there") from None
     except Exception as error:  # a parser on foreign bytes may raise anything
         raise Unreadable("undecodable", f"{path}: must be a DICOM file; {type(error).__name__} while parsing") from None
 
 
-def _slice(path: Path, data: pydicom.Dataset) -> Slice:
-    def numbers(keyword: str) -> tuple[float, ...]:
-        value = data.get(keyword)
-        return () if value is None or value == "" else tuple(float(v) for v in np.atleast_1d(np.array(value, dtype=float)))
+def _by_pydicom(path: Path) -> Header:
+    keywords = [keyword for keyword, _ in headers.TAGS.values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these quote header values as well
+        data = pydicom.dcmread(path, force=True, defer_size=1024, specific_tags=[*keywords, "PixelData"])
+        values = {keyword: value for keyword in keywords if (value := general_value(data.get(keyword)))}
+    syntax = str(data.file_meta.get("TransferSyntaxUID", "")) if hasattr(data, "file_meta") else ""
+    pixels = None
+    if headers.PIXELS in data:  # pydicom drops an element whose end it does not find
+        raw: Any = data.get_item(headers.PIXELS, keep_deferred=True)
+        pixels = (int(raw.value_tell or 0), int(raw.length))
+    if not values:
+        raise Unreadable("undecodable", f"{path}: must be a DICOM file; found no value in its header")
+    # Its own idea of the syntax decides; without one it took the file for little-endian.
+    implicit = bool(getattr(data, "is_implicit_VR", data.original_encoding[0]))
+    return Header(values, syntax or (headers.IMPLICIT if implicit else headers.EXPLICIT), pixels, path.stat().st_size)
+
+
+def general_value(value: Any) -> tuple[str, ...] | tuple[float, ...]:
+    """A value as pydicom gives it, as the lean walk would: text without padding, or numbers."""
+    if value is None or value == "":
+        return ()
+    parts = list(value) if isinstance(value, (MultiValue, list, tuple)) else [value]
+    if all(isinstance(part, (int, float)) or hasattr(part, "real") for part in parts):
+        return tuple(float(part) for part in parts)
+    return tuple(str(part).strip(" \0") for part in parts)
+
+
+def _slice(path: Path, found: Header) -> Slice:
+    values = found.values
 
     def text(keyword: str) -> str:
-        return str(data.get(keyword) or "").strip()
+        return "\\".join(map(str, values.get(keyword, ())))
 
-    slope, intercept = (numbers("RescaleSlope") or (1.0,))[0], (numbers("RescaleIntercept") or (0.0,))[0]
-    bits, signed = int(data.get("BitsStored") or 16), bool(data.get("PixelRepresentation") or 0)
-    ends = np.array([-(2 ** (bits - 1)), 2 ** (bits - 1) - 1] if signed else [0, 2**bits - 1]) * slope + intercept
+    def number(keyword: str, default: float) -> float:
+        return float(values.get(keyword, (default,))[0])
+
+    pixels = Pixels(
+        found.syntax,
+        *(found.pixels or (0, 0)),
+        allocated=int(number("BitsAllocated", 16)),
+        stored=min(64, max(1, int(number("BitsStored", 16)))),
+        signed=number("PixelRepresentation", 0) == 1,
+        slope=number("RescaleSlope", 1),
+        intercept=number("RescaleIntercept", 0),
+    )
     return Slice(
         path=path,
         patient=text("PatientID"),
         study=text("StudyInstanceUID"),
         series=text("SeriesInstanceUID"),
         instance=text("SOPInstanceUID"),
+        number=int(number("InstanceNumber", 0)),
         modality=text("Modality").upper(),
         body_part=text("BodyPartExamined").upper(),
-        shape=(int(data.get("Rows") or 0), int(data.get("Columns") or 0)),
-        spacing=numbers("PixelSpacing"),
-        position=numbers("ImagePositionPatient"),
-        axes=numbers("ImageOrientationPatient"),
-        values=(float(ends.min()), float(ends.max())),
-        whole=slope.is_integer() and intercept.is_integer(),
-        faults=tuple(_faults(path, data)),
+        vendor=text("Manufacturer"),
+        shape=(int(number("Rows", 0)), int(number("Columns", 0))),
+        spacing=_numbers(values, "PixelSpacing"),
+        position=_numbers(values, "ImagePositionPatient"),
+        axes=_numbers(values, "ImageOrientationPatient"),
+        kind=tuple((name, text(keyword)) for name, keyword in KINDS.items() if keyword in values),
+        pixels=pixels,
+        faults=tuple(_faults(path, found, pixels)),
+        frames=max(1, int(number("NumberOfFrames", 1))),
     )
 
 
-def _faults(path: Path, data: pydicom.Dataset) -> Iterator[str]:
+def _numbers(values: Values, keyword: str) -> tuple[float, ...]:
+    found = tuple(float(value) for value in values.get(keyword, ()))
+    return found if all(map(np.isfinite, found)) else ()
+
+
+def _faults(path: Path, found: Header, pixels: Pixels) -> Iterator[str]:
     # Reason codes that one file's header gives rise to.
-    if not data.get("Rows") or not data.get("Columns"):
+    values = found.values
+    rows, columns = (int(float((values.get(keyword) or (0,))[0])) for keyword in ("Rows", "Columns"))
+    if rows < 1 or columns < 1:
         yield "not_an_image"
         return
-    modality = str(data.get("Modality") or "").upper()
-    if modality not in VOLUME_MODALITIES:
+    modality = str(values.get("Modality", ("",))[0]).upper()
+    if modality in ("SEG", "RTDOSE", "PR", "KO", "SR", "RTSTRUCT", "RTPLAN"):
+        yield "not_an_image"
+    elif modality not in VOLUME_MODALITIES:
         yield "unsupported_modality"
-    if int(data.get("SamplesPerPixel") or 1) != 1:
+    if int(float(values.get("SamplesPerPixel", (1,))[0])) != 1:
         yield "rgb"
-    elif str(data.get("PhotometricInterpretation") or "MONOCHROME2") != "MONOCHROME2":
+    elif str(values.get("PhotometricInterpretation", ("MONOCHROME2",))[0]) != "MONOCHROME2":
         yield "inverted_or_palette"
-    if int(data.get("NumberOfFrames") or 1) > 1:
+    if float((values.get("NumberOfFrames") or (1,))[0]) > 1:
         yield "multi_frame"
-    if "LOCALIZER" in [str(part).upper() for part in np.atleast_1d(data.get("ImageType") or "")]:
-        yield "localiser"
-    if modality == "CT" and (data.get("RescaleIntercept") is None or str(data.get("RescaleType") or "HU") != "HU"):
+    if str(values.get("BurnedInAnnotation", ("NO",))[0]).upper() == "YES":
+        yield "burned_in_annotation"
+    yield from _provenance(values, modality)
+    if modality == "CT" and not _is_hu(values.get("RescaleIntercept"), values.get("RescaleType"), pixels):
         yield "not_hu"
-    if _truncated(path, data):
+    if _truncated(path, found, rows * columns):
         yield "truncated"
 
 
-def _truncated(path: Path, data: pydicom.Dataset) -> bool:
-    if PIXELS not in data:  # pydicom drops an element whose end it does not find
+def _is_hu(intercept: Any, kind: Any, pixels: Pixels) -> bool:
+    # An intercept must be given, the type HU or not said, and air within what the bits can hold.
+    return bool(intercept) and str((kind or ("HU",))[0]) == "HU" and pixels.values[0] <= AIR_HU
+
+
+def _provenance(values: Values, modality: str) -> Iterator[str]:
+    kinds = [str(part).upper() for part in values.get("ImageType", ())]
+    if "LOCALIZER" in kinds:
+        yield "localiser"
+    if str(values.get("SOPClassUID", ("",))[0]).startswith(SECONDARY_CAPTURE):
+        yield "secondary_capture"
+    elif COMPUTED & set(kinds[2:]):
+        yield "computed"
+    elif kinds[1:2] == ["SECONDARY"] and modality != "MR":
+        yield "secondary"
+    elif kinds[:1] == ["DERIVED"]:
+        yield "derived"
+
+
+def _truncated(path: Path, found: Header, pixels_per_frame: int) -> bool:
+    if found.pixels is None:
         return True
-    raw: Any = data.get_item(PIXELS, keep_deferred=True)
-    if raw.length == UNDEFINED_LENGTH:  # compressed: the decoder finds out
-        return False
-    frames, samples = int(data.get("NumberOfFrames") or 1), int(data.get("SamplesPerPixel") or 1)
-    bits = int(data.Rows) * int(data.Columns) * frames * samples * int(data.get("BitsAllocated") or 16)
-    deflated = str(data.file_meta.get("TransferSyntaxUID", "")) == DEFLATED
-    return raw.length * 8 < bits or (not deflated and raw.value_tell + raw.length > path.stat().st_size)
+    offset, length = found.pixels
+    if length == headers.UNDEFINED:
+        return found.syntax not in (headers.DEFLATED, "") and not headers.fragments_are_whole(path, offset)
+    frames, samples, allocated = (
+        int(float(found.values.get(keyword, (default,))[0]))
+        for keyword, default in (("NumberOfFrames", 1), ("SamplesPerPixel", 1), ("BitsAllocated", 16))
+    )
+    short = length * 8 < pixels_per_frame * max(1, frames) * samples * allocated
+    return short or (found.syntax != headers.DEFLATED and offset + length > found.size)
 
 
-def check(slices: Sequence[Slice], limits: Limits = Limits()) -> tuple[list[Slice], Grid | None, list[str]]:
-    """Sort a series along the normal of its slices.
-
-    Returns: the sorted slices, their grid (None if there is none) and the reason codes against the series, sorted.
-    """
-    reasons = {code for one in slices for code in one.faults}
-    if "not_an_image" in reasons:
-        return list(slices), None, sorted(reasons)
-    if any(len(one.position) != 3 or len(one.axes) != 6 or len(one.spacing) != 2 or min(one.spacing) <= 0 for one in slices):
-        return list(slices), None, sorted(reasons | {"no_geometry"})
-    first = slices[0]
-    if any(one.shape != first.shape for one in slices):
-        reasons.add("mixed_size")
-    if not np.allclose([one.spacing for one in slices], first.spacing, rtol=1e-3, atol=0):
-        reasons.add("mixed_spacing")
-    axes = np.array([one.axes for one in slices])
-    if np.abs(axes - axes[0]).max() > limits.direction:
-        return list(slices), None, sorted(reasons | {"mixed_orientation"})
-    row, column = axes[0, :3], axes[0, 3:]
-    if abs(row @ column) > limits.direction or not np.allclose(np.linalg.norm([row, column], axis=1), 1, atol=limits.direction):
-        return list(slices), None, sorted(reasons | {"no_geometry"})
-    normal = np.cross(row, column)
-    order = sorted(slices, key=lambda one: (float(np.dot(one.position, normal)), one.instance))
-    if len(order) < limits.min_slices:
-        reasons.add("too_few_slices")
-    step, stack_reasons = _stack(np.array([one.position for one in order]), normal, limits)
-    reasons |= stack_reasons
-    return order, None if step is None else _grid(order, step), sorted(reasons)
-
-
-def _stack(positions_N3: np.ndarray, normal: np.ndarray, limits: Limits) -> tuple[np.ndarray | None, set[str]]:
-    # The step from slice to slice as a vector, and what is wrong with the stack.
-    gaps = np.diff(positions_N3 @ normal)
-    usual = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
-    if usual == 0.0:
-        return None, {"duplicate_position"} if len(gaps) else {"too_few_slices"}
-    reasons = set()
-    if (gaps < 0.5 * usual).any() and (gaps < limits.position_mm).any():
-        reasons.add("duplicate_position")
-    if (gaps >= limits.missing_from * usual).any():
-        reasons.add("missing_slice")
-    step = (positions_N3[-1] - positions_N3[0]) / (len(positions_N3) - 1)
-    if np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))) > limits.tilt_deg:
-        reasons.add("gantry_tilt")
-    if not reasons & {"duplicate_position", "missing_slice"}:
-        off_N3 = positions_N3 - (positions_N3[0] + np.arange(len(positions_N3))[:, None] * step)
-        allowed = max(limits.position_mm, limits.position_share * usual)
-        along = np.abs(off_N3 @ normal)
-        if along.max() > allowed:
-            reasons.add("uneven_gap")
-        if np.linalg.norm(off_N3 - (off_N3 @ normal)[:, None] * normal, axis=1).max() > allowed:
-            reasons.add("shifted_slice")
-    return step, reasons
-
-
-def _grid(order: Sequence[Slice], step: np.ndarray) -> Grid:
-    first = order[0]
-    affine = np.eye(4)
-    affine[:3, 0] = np.array(first.axes[:3]) * first.spacing[1]  # x runs along a row: from column to column
-    affine[:3, 1] = np.array(first.axes[3:]) * first.spacing[0]
-    affine[:3, 2] = step
-    affine[:3, 3] = first.position
-    return Grid((first.shape[1], first.shape[0], len(order)), LPS_TO_RAS @ affine)
-
-
-def read_series(slices: Sequence[Slice]) -> Volume:
-    """Decode one series. Values are rescaled (HU in CT). Raises: Unreadable: not one even stack, or a file that cannot be decoded."""
-    order, grid, reasons = check(slices, Limits(min_slices=2))
-    blocking = [code for code in reasons if code != "localiser"]
-    where = f"{order[0].path.parent}: series of {len(order)} DICOM files"
-    if blocking or grid is None:
-        raise Unreadable(blocking[0], f"{where}: must be one even stack of slices; found {', '.join(blocking)}; see `volssl index`")
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(one.path) for one in order])
-    least, largest = min(one.values[0] for one in order), max(one.values[1] for one in order)
-    small = all(one.whole for one in order) and least >= -(2**15) and largest < 2**15
-    reader.SetOutputPixelType(sitk.sitkInt16 if small else sitk.sitkFloat32)
+def frames_of(one: Slice) -> list[Slice]:
+    """The frames of an enhanced multi-frame file, each with its own place, by its functional groups. Raises: Unreadable: it has none."""
+    wanted = ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
     try:
-        with quiet():
-            array_ZYX = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError:  # its text names files
-        raise Unreadable("undecodable", f"{where}: pixels cannot be decoded") from None
-    if array_ZYX.shape != grid.shape_vox[::-1]:
-        raise Unreadable("undecodable", f"{where}: must decode to {grid.shape_vox} voxels; found {array_ZYX.shape[::-1]}")
-    return Volume(array_ZYX.transpose(2, 1, 0)[None], grid)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = pydicom.dcmread(one.path, force=True, defer_size=1024, specific_tags=wanted)
+            shared = (data.get(wanted[0]) or [pydicom.Dataset()])[0]
+            groups = list(data.get(wanted[1]) or [])
+            if len(groups) != one.frames:
+                raise Unreadable("multi_frame", f"{one.path}: must place each of its {one.frames} frames; found {len(groups)} places")
+            return [_frame(one, number, (group, shared)) for number, group in enumerate(groups)]
+    except (Unreadable, MemoryError):
+        raise
+    except Exception as error:
+        raise Unreadable("undecodable", f"{one.path}: frames must be described; {type(error).__name__} while parsing") from None
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the C++ readers from writing to stderr: their warnings hold file names and header text. Their errors still raise."""
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+def _frame(one: Slice, number: int, groups: tuple[Any, Any]) -> Slice:
+    def of(sequence: str, keyword: str) -> tuple[Any, ...]:
+        for group in groups:
+            for item in group.get(sequence) or ():
+                if value := general_value(item.get(keyword)):
+                    return value
+        return ()
+
+    first = lambda found, default: float(found[0]) if found else default  # noqa: E731 - reads best in place
+    scaling = "PixelValueTransformationSequence"
+    intercept = of(scaling, "RescaleIntercept")
+    kind = {
+        "kernel": of("CTReconstructionSequence", "ConvolutionKernel"),
+        "time": of("FrameContentSequence", "TemporalPositionIndex"),
+        "echo": of("MREchoSequence", "EffectiveEchoTime"),
+        "b_value": of("MRDiffusionSequence", "DiffusionBValue"),
+        "stack": of("FrameContentSequence", "StackID"),
+    }
+    slope, offset = first(of(scaling, "RescaleSlope"), one.pixels.slope), first(intercept, one.pixels.intercept)
+    pixels = replace(one.pixels, slope=slope, intercept=offset)
+    faults = set(one.faults) - ({"not_hu"} if _is_hu(intercept, of(scaling, "RescaleType"), pixels) else set())
+    return replace(
+        one,
+        number=number,
+        frame=number,
+        instance=f"{one.instance}.{number}",
+        spacing=of("PixelMeasuresSequence", "PixelSpacing") or one.spacing,
+        position=of("PlanePositionSequence", "ImagePositionPatient") or one.position,
+        axes=of("PlaneOrientationSequence", "ImageOrientationPatient") or one.axes,
+        kind=tuple((name, "\\".join(map(str, value))) for name, value in kind.items() if value),
+        pixels=pixels,
+        faults=tuple(sorted(faults)),
+    )

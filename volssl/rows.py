@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,24 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
     write_csv(file, [_text(row) for row in sorted(rows, key=lambda row: row.scan_id)], [one.name for one in fields(Row)])
 
 
-def write_sources(folder: Path, sources: Mapping[str, Source]) -> None:
-    """Write how each scan is read: a line of JSON each, sorted by scan_id."""
-    with atomic(folder / SOURCES) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        for scan_id in sorted(sources):
-            stream.write(json.dumps({scan_id: sources[scan_id].as_json()}) + "\n")
+class SourcesFile:
+    """Writes how each scan is read, a line of JSON each; the file appears when the `with` block ends without an error."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> SourcesFile:
+        self._exit = ExitStack()
+        temporary = self._exit.enter_context(atomic(self.folder / SOURCES))
+        self._stream = self._exit.enter_context(open(temporary, "w", encoding="utf-8"))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._exit.__exit__(*error)
+
+    def add(self, scan_id: str, source: Source) -> None:
+        """Write one."""
+        self._stream.write(json.dumps({scan_id: source.as_json()}) + "\n")
 
 
 def load(index: Path) -> Index:

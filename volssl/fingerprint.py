@@ -1,0 +1,99 @@
+"""The same scan twice, in whatever format and orientation: found by the means of blocks of three slices, close to rounding.
+
+Slices lie at a quarter, half and three quarters of an axis of the RAS+ array, so that of a DICOM series only these three are decoded.
+Means are taken less their mean and over their standard deviation: a copy with other units is a copy. Source: own; a perceptual hash whose
+tolerance is that of rounding instead of looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from volssl.volume import Grid, Volume
+
+BLOCKS = 4  # along both axes of a slice
+PLANES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Print:
+    """The fingerprint of one scan along one axis of its RAS+ array. `means`: float32, 3 slices x 4 x 4 blocks."""
+
+    shape_vox: tuple[int, int, int]
+    axis: int
+    means: np.ndarray
+
+
+def planes(count: int) -> tuple[int, ...]:
+    """Which of `count` slices are looked at."""
+    return tuple(int(share * (count - 1) + 0.5) for share in PLANES)
+
+
+def prints_of(volume: Volume) -> list[Print]:
+    """Fingerprints of a volume of one channel along all three axes; constant ones have none."""
+    turned = volume.reoriented("RAS")
+    array_XYZ, found = turned.array_CXYZ[0], []
+    for axis in range(3):
+        count = array_XYZ.shape[axis]
+        slices = [np.take(array_XYZ, at, axis=axis) for at in planes(count)]
+        found += _print(turned.grid.shape_vox, axis, slices)
+    return found
+
+
+def print_of_stack(grid: Grid, slices: Sequence[np.ndarray]) -> list[Print]:
+    """The fingerprint of a series along its third axis: `slices` are its arrays (x, y) at `planes` of its own order."""
+    (_, sign_x), (_, sign_y), (_, sign_z) = ((axis, sign) for axis, sign in sorted(grid.turn("RAS")))
+    turn = [axis for axis, _ in grid.turn("RAS")]
+    upright = [image_XY[::sign_x, ::sign_y] for image_XY in slices][::sign_z]
+    if turn.index(0) > turn.index(1):
+        upright = [image.T for image in upright]
+    return _print(grid.reoriented("RAS").shape_vox, turn.index(2), upright)
+
+
+def _print(shape_vox: tuple[int, int, int], axis: int, slices: Sequence[np.ndarray]) -> list[Print]:
+    means = np.concatenate([_blocks(image) for image in slices])
+    spread = float(means.std())
+    if not np.isfinite(spread) or spread <= 1e-6 * float(np.abs(means).max()):
+        return []
+    return [Print(shape_vox, axis, ((means - means.mean()) / spread).astype(np.float32))]
+
+
+def _blocks(image: np.ndarray) -> np.ndarray:
+    # Mean of each block; slices thinner than the blocks repeat.
+    rows, columns = (np.linspace(0, size, BLOCKS + 1).astype(int) for size in image.shape)
+    sums = np.zeros((BLOCKS, BLOCKS))
+    for row in range(BLOCKS):
+        band = image[rows[row] : max(rows[row] + 1, rows[row + 1])]
+        for column in range(BLOCKS):
+            sums[row, column] = band[:, columns[column] : max(columns[column] + 1, columns[column + 1])].mean(dtype=np.float64)
+    return sums.ravel()
+
+
+def twins(names: Sequence[str], prints: Sequence[Sequence[Print]], *, tolerance: float) -> Iterator[tuple[str, str]]:
+    """Pairs of names whose scans are the same: equal RAS+ shape, and along some axis no mean further apart than `tolerance`.
+
+    Of n copies at least n - 1 pairs come, which join them all. Memory: the prints, once more.
+    """
+    groups: dict[tuple[object, ...], list[tuple[int, np.ndarray]]] = {}
+    for number, several in enumerate(prints):
+        for one in several:
+            groups.setdefault((one.shape_vox, one.axis), []).append((number, one.means))
+    for members in groups.values():
+        for one, two in _close_pairs(np.array([means for _, means in members]), tolerance):
+            if members[one][0] != members[two][0]:
+                yield names[members[one][0]], names[members[two][0]]
+
+
+def _close_pairs(means_NK: np.ndarray, tolerance: float) -> Iterator[tuple[int, int]]:
+    # Sorted along the component that spreads most, candidates are neighbours.
+    order = np.argsort(means_NK[:, np.argmax(means_NK.std(axis=0))], kind="stable")
+    key = means_NK[order, np.argmax(means_NK.std(axis=0))]
+    for place, end in enumerate(np.searchsorted(key, key + tolerance, side="right")):
+        if end <= place + 1:
+            continue
+        near = np.abs(means_NK[order[place + 1 : end]] - means_NK[order[place]]).max(axis=1) <= tolerance
+        for other in np.flatnonzero(near):
+            yield int(order[place]), int(order[place + 1 + other])

@@ -236,7 +236,10 @@ def _faults(path: Path, found: Header, pixels: Pixels) -> Iterator[str]:
     yield from _provenance(values, modality)
     if modality == "CT" and not _is_hu(values.get("RescaleIntercept"), values.get("RescaleType"), pixels):
         yield "not_hu"
-    if _truncated(path, found, rows * columns):
+    native = found.syntax in (headers.IMPLICIT, headers.EXPLICIT, headers.BIG_ENDIAN, headers.DEFLATED)
+    if found.pixels and native == (found.pixels[1] == headers.UNDEFINED):
+        yield "wrong_syntax"  # compressed pixels are always encapsulated, others never
+    elif _truncated(path, found, rows * columns):
         yield "truncated"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import UID, CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian
 
 from volssl.volume import Grid
 
@@ -45,6 +45,43 @@ def write_dicom_series(folder: Path, array_XYZ: np.ndarray, grid: Grid, *, tags:
         data.save_as(folder / f"IM{index + 1:05d}.dcm", enforce_file_format=True)
 
 
+def write_enhanced_ct(path: Path, arrays_TXYZ: np.ndarray, grid: Grid, *, tags: Mapping[str, Any]) -> None:
+    """Write Hounsfield units of one or more time points as one enhanced multi-frame CT file, slices inside of time points.
+
+    The frames are placed by per-frame functional groups, in an order that is not that of their places. `tags` as above.
+    """
+    counts = range(len(arrays_TXYZ)), range(grid.shape_vox[2])
+    order = [(time, index) for time in counts[0] for index in reversed(counts[1])]
+    first = _slice(grid, 0)
+    data = Dataset()
+    for keyword in "Modality Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit".split():
+        setattr(data, keyword, first[keyword].value)
+    data.SOPClassUID, data.ImageType, data.PixelRepresentation = EnhancedCTImageStorage, ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"], 0
+    data.SOPInstanceUID, data.NumberOfFrames = uid(tags["SeriesInstanceUID"], "frames"), len(order)
+    shared, scaling, measures, turn = Dataset(), Dataset(), Dataset(), Dataset()
+    scaling.RescaleIntercept, scaling.RescaleSlope, scaling.RescaleType = str(INTERCEPT_HU), "1", "HU"
+    measures.PixelSpacing, measures.SliceThickness = first.PixelSpacing, first.SliceThickness
+    turn.ImageOrientationPatient = first.ImageOrientationPatient
+    shared.PixelValueTransformationSequence, shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [scaling], [measures], [turn]
+    data.SharedFunctionalGroupsSequence = [shared]
+    data.PerFrameFunctionalGroupsSequence = [_frame(grid, time, index) for time, index in order]
+    stored = np.clip(np.rint(arrays_TXYZ) - INTERCEPT_HU, 0, 4095).astype(np.uint16)
+    data.PixelData = b"".join(np.ascontiguousarray(stored[time, :, :, index].T).tobytes() for time, index in order)
+    for keyword, value in tags.items():
+        setattr(data, keyword, value)
+    data.file_meta = _meta(UID(data.SOPInstanceUID), EnhancedCTImageStorage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+
+
+def _frame(grid: Grid, time: int, index: int) -> Dataset:
+    group, content, place = Dataset(), Dataset(), Dataset()
+    content.TemporalPositionIndex, content.StackID, content.InStackPositionNumber = time + 1, "1", index + 1
+    place.ImagePositionPatient = _slice(grid, index).ImagePositionPatient
+    group.FrameContentSequence, group.PlanePositionSequence = [content], [place]
+    return group
+
+
 def _slice(grid: Grid, index: int) -> Dataset:
     spacing_mm = np.array(grid.spacing_mm)
     directions = LPS @ grid.affine[:3, :3] / spacing_mm
@@ -72,9 +109,9 @@ def _decimal(value: float) -> str:
     return f"{float(value) + 0.0:.10g}"[:16]
 
 
-def _meta(instance: UID) -> FileMetaDataset:
+def _meta(instance: UID, kind: UID = CTImageStorage) -> FileMetaDataset:
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPClassUID = kind
     meta.MediaStorageSOPInstanceUID = instance
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     return meta

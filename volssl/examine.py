@@ -91,7 +91,7 @@ def _stack_facts(gates: Gates, stack: Stack, *, several: bool) -> Facts:
 
 
 def _with_content(facts: Facts, stack: Stack) -> Facts:
-    # Three slices are decoded: what they show may speak against the header, and copies of the scan are found by them.
+    # Four slices are decoded: what they show may speak against the header, and copies of the scan are found by them.
     assert stack.grid is not None
     try:
         with quiet():

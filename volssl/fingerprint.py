@@ -1,6 +1,6 @@
-"""The same scan twice, in whatever format and orientation: found by the means of blocks of three slices, close to rounding.
+"""The same scan twice, in whatever format and orientation: found by the means of blocks of four slices, close to rounding.
 
-Slices lie at a quarter, half and three quarters of an axis of the RAS+ array, so that of a DICOM series only these three are decoded.
+Slices lie at one to four fifths of an axis of the RAS+ array, so that of a DICOM series only these four are decoded.
 Means are taken less their mean and over their standard deviation: a copy with other units is a copy. Source: own; a perceptual hash whose
 tolerance is that of rounding instead of looks.
 """
@@ -15,12 +15,12 @@ import numpy as np
 from volssl.volume import Grid, Volume
 
 BLOCKS = 4  # along both axes of a slice
-PLANES = (0.25, 0.5, 0.75)
+PLANES = (0.2, 0.4)  # and as far from the other end, so that they are the same ones from either side
 
 
 @dataclass(frozen=True)
 class Print:
-    """The fingerprint of one scan along one axis of its RAS+ array. `means`: float32, 3 slices x 4 x 4 blocks."""
+    """The fingerprint of one scan along one axis of its RAS+ array. `means`: float32, 4 slices x 4 x 4 blocks."""
 
     shape_vox: tuple[int, int, int]
     axis: int
@@ -29,7 +29,8 @@ class Print:
 
 def planes(count: int) -> tuple[int, ...]:
     """Which of `count` slices are looked at."""
-    return tuple(int(share * (count - 1) + 0.5) for share in PLANES)
+    near = [int(share * (count - 1)) for share in PLANES]
+    return (*near, *(count - 1 - at for at in reversed(near)))
 
 
 def prints_of(volume: Volume) -> list[Print]:
@@ -83,8 +84,9 @@ def twins(names: Sequence[str], prints: Sequence[Sequence[Print]], *, tolerance:
             groups.setdefault((one.shape_vox, one.axis), []).append((number, one.means))
     for members in groups.values():
         for one, two in _close_pairs(np.array([means for _, means in members]), tolerance):
-            if members[one][0] != members[two][0]:
-                yield names[members[one][0]], names[members[two][0]]
+            low, high = sorted((members[one][0], members[two][0]))
+            if low != high:
+                yield names[low], names[high]
 
 
 def _close_pairs(means_NK: np.ndarray, tolerance: float) -> Iterator[tuple[int, int]]:

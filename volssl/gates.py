@@ -24,7 +24,7 @@ class Gates:
 
     Args: modality: that of all files other than DICOM; without it their values tell. min_slices to direction: as in `stacks.Limits`.
         derived: "auto" takes images that say DERIVED unless they are computed from others (projections, maps, secondary CT); "accept" takes
-        those too, "reject" takes none. content: "slices" decodes three slices of each series to find copies and wrong values. key: a file
+        those too, "reject" takes none. content: "slices" decodes four slices of each series to find copies and wrong values. key: a file
         that holds the key of the pseudonyms. patient_pattern: searched in the path of files other than DICOM; its first group, or all of
         it, is the patient; without a match every file is a patient of its own. duplicate_tolerance: largest difference of block means
         between copies, in standard deviations. thumbnails, vendors: what quality.html shows.

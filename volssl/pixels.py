@@ -86,6 +86,8 @@ def read_slice(one: Slice) -> np.ndarray:
     """Rescaled values of one slice or frame, (rows, columns); whole numbers stay whole. Raises: Unreadable."""
     try:
         stored = _plain(one) if one.pixels.plain else _decoded(one)
+    except Unreadable:
+        raise
     except PermissionError:
         raise Unreadable("no_permission", f"{one.path}: must be readable; permission denied") from None
     except FileNotFoundError:

@@ -72,7 +72,9 @@ REASONS: dict[str, tuple[str, str]] = {
     "too_large": ("The file says that it is larger than any scan.", "Check the file: its header is damaged or hostile."),
     "out_of_memory": ("Reading needs more memory than there is.", "Run it on a larger machine."),
     "unsupported_format": ("A format that volssl does not read.", "Convert it to NIfTI or unpack it."),
-    "not_dicom": ("The file calls itself DICOM, but is none.", "Nothing, or copy it again."),
+    "wrong_syntax": ("The header names a compression that the pixels do not have.", "Export the series again."),
+    "packed_archive": ("A zip or tar file; what is in it is not looked at.", "Unpack it beside the others."),
+    "unreadable_folder": ("A folder cannot be entered: its path is too long, or the disk fails.", "Shorten the path, or copy it again."),
     "companion": ("The pixels of a header file beside it; read together with it.", "Nothing."),
     # of prepare
     "other_modality": ("Of another modality than the recipe prepares.", "Prepare it into another store with a fitting recipe."),

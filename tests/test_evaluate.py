@@ -113,6 +113,15 @@ def test_without_labels_in_the_recipe_every_value_is_a_label(folders):
     assert {row["label"] for row in read_csv(out / "cases.csv")} == {"1", "2"}
 
 
+def test_folders_without_a_common_name_are_refused(folders):
+    predictions, references, recipe, out = folders
+    for path in predictions.iterdir():
+        path.rename(path.with_name(f"pred_{path.name}"))
+    with pytest.raises(BadInput, match="such as pred_a and a; rename"):
+        run(predictions, references, recipe=recipe, out=out)
+    assert not out.exists()
+
+
 def test_empty_folders_are_refused_before_out_is_touched(folders):
     predictions, _, recipe, out = folders
     empty = predictions.parent / "empty"

@@ -12,7 +12,11 @@ from volssl.files import BadInput
 def test_out_folder_in_use_is_refused_and_flags_do_what_they_say(tmp_path):
     out = files.claim_out(tmp_path / "run")
     (out / "recipe.yaml").write_text("x")
-    with pytest.raises(BadInput, match="--resume"):
+    with pytest.raises(BadInput, match="or give --resume to continue or --overwrite to replace it$"):
+        files.claim_out(out, resume=False, overwrite=False)
+    with pytest.raises(BadInput, match="or give --overwrite to replace it$"):
+        files.claim_out(out, overwrite=False)
+    with pytest.raises(BadInput, match="choose another folder$"):
         files.claim_out(out)
     assert (files.claim_out(out, resume=True) / "recipe.yaml").exists()
     files.claim_out(out, overwrite=True)

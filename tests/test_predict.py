@@ -49,11 +49,42 @@ def test_a_bad_input_is_named_and_the_rest_goes_on(folder, tmp_path):
     whole = (folder / "one.nii.gz").read_bytes()
     (folder / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.nii.gz").touch()
-    outcome = run(write_run(tmp_path / "run"), [folder, tmp_path / "in" / "absent.nii.gz"], out=tmp_path / "out")
-    assert outcome.failed == 3
-    assert {row["input"] for row in read_csv(tmp_path / "out" / "failures.csv")} == {"cut", "empty", "absent"}
+    outcome = run(write_run(tmp_path / "run"), [folder], out=tmp_path / "out")
+    assert outcome.failed == 2
+    assert {row["input"] for row in read_csv(tmp_path / "out" / "failures.csv")} == {"cut", "empty"}
     assert str(tmp_path) not in (tmp_path / "out" / "failures.csv").read_text()
     assert outputs(tmp_path / "out") == ["one.nii.gz", "two.nii.gz"]
+
+
+def test_nothing_is_left_where_not_one_image_could_be_segmented(folder, tmp_path):
+    (tmp_path / "cut.nii.gz").write_bytes((folder / "one.nii.gz").read_bytes()[:200])
+    nan = image(1).astype(np.float32)
+    nan[0, 0, 0] = np.nan
+    write_nifti(tmp_path / "nan.nii.gz", nan, GRID, np.float32)
+    with pytest.raises(BadInput, match=r"(?s)none of 2 .*cut: .*cannot be decoded.*nan: .*1 of 960 voxels NaN"):
+        run(write_run(tmp_path / "run"), [tmp_path / "cut.nii.gz", tmp_path / "nan.nii.gz"], out=tmp_path / "out")
+    with pytest.raises(BadInput, match=r"found nothing at .*absent\.nii\.gz"):
+        run(tmp_path / "run", [folder, tmp_path / "absent.nii.gz"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_channel_as_nnunet_names_it(tmp_path):
+    for case in ("a", "b_0001"):
+        write_nifti(tmp_path / "in" / f"{case}_0000.nii.gz", image(), GRID, np.int16)
+    made = write_run(tmp_path / "run")
+    run(made, [tmp_path / "in"], out=tmp_path / "out")
+    assert outputs(tmp_path / "out") == ["a.nii.gz", "b_0001.nii.gz"]
+    write_nifti(tmp_path / "in" / "c_0001.nii.gz", image(), GRID, np.int16)  # these names are not of that layout
+    run(made, [tmp_path / "in"], out=tmp_path / "out2")
+    assert outputs(tmp_path / "out2") == ["a_0000.nii.gz", "b_0001_0000.nii.gz", "c_0001.nii.gz"]
+
+
+@pytest.mark.parametrize("names", [["a_0001", "a_0002"], ["one/a_0000", "two/a_0000"]])
+def test_channels_must_be_numbered_each_once(tmp_path, names):
+    for name in names:
+        write_nifti(tmp_path / "in" / f"{name}.nii.gz", image(), GRID, np.int16)
+    with pytest.raises(BadInput, match="each once"):
+        run(write_run(tmp_path / "run", ("T1", "T2")), [tmp_path / "in"], out=tmp_path / "out")
 
 
 def test_channels_in_files_of_their_own(tmp_path):

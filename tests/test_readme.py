@@ -49,6 +49,11 @@ def test_every_command_parses(page, words):
         load(options["recipe"], options.get("overrides") or (), verb=verb if verb != "evaluate" else "finetune")
 
 
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if (ROOT / "docs" / f"{verb}.md").exists()])
+def test_a_verbs_page_shows_its_call(verb):
+    assert any(words[:2] == ["volssl", verb] for words in commands((ROOT / "docs" / f"{verb}.md").read_text(encoding="utf-8")))
+
+
 def test_the_quick_start_is_there():
     verbs = [words[1] for page, words in VOLSSL if page == "README.md"]
     assert verbs[:3] == ["index", "prepare", "pretrain"]

@@ -254,7 +254,7 @@ _command(
         "out": (Out, ASKED),
         "fold": (_option(int, "Which fold is held out.", min=0), 0),
         "labels": (Labels, 1.0),
-        "seed": (_option(int, "Seed of the weights, the draws and the labelled share."), 0),
+        "seed": (_option(int, "Seed of the first weights and of the draws."), 0),
         **ENDINGS,
         **OVERRIDES,
     },
@@ -293,7 +293,7 @@ _command(
 _command(
     "demo",
     "Run the whole pipeline on synthetic scans, to a report.",
-    {"out": (Out, ASKED), "overwrite": ENDINGS["overwrite"]},
+    {"out": (Out, ASKED), "seed": (_option(int, "Seed of phantoms, weights and draws.", min=0), 0), "overwrite": ENDINGS["overwrite"]},
 )
 
 if __name__ == "__main__":

@@ -134,10 +134,15 @@ def run(predictions: Path, references: Path, *, recipe: str | Path, out: Path, o
 
     Args: recipe: of finetune; its `labels` name the values. Where they are null, every value of the references is a label of its own name.
     Returns: failed counts the cases that could not be scored: a missing prediction or reference, another grid, an unknown value.
-    Raises: BadInput: a folder without label maps, or a recipe that is none of finetune's.
+    Raises: BadInput: a folder without label maps, two without a common name, or a recipe that is none of finetune's.
     """
     labels = _labels_of(recipe)
     predicted, expected = _maps(Path(predictions), "predictions"), _maps(Path(references), "references")
+    if not predicted.keys() & expected.keys():
+        raise BadInput(
+            "predictions and references: a case must bear the same name in both; found none that does, but such as "
+            f"{min(predicted)} and {min(expected)}; rename the files"
+        )
     if labels is None:
         labels = _all_values(list(expected.values()))
     out = claim_out(Path(out), overwrite=overwrite, inputs=(predictions, references))

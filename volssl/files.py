@@ -32,11 +32,11 @@ class Outcome:
     message: str = ""
 
 
-def claim_out(out: Path, *, resume: bool = False, overwrite: bool = False, inputs: Sequence[Path] = ()) -> Path:
+def claim_out(out: Path, *, resume: bool | None = None, overwrite: bool | None = None, inputs: Sequence[Path] = ()) -> Path:
     """Make the folder `out`, or refuse it.
 
     A folder that holds files is refused unless `resume` (its contents stay) or `overwrite` (its contents go, unless one of `inputs`
-    is or lies among them).
+    is or lies among them). None stands for a flag that the verb does not have.
     Raises: BadInput: as `check_out`.
     """
     out = Path(out)
@@ -47,7 +47,7 @@ def claim_out(out: Path, *, resume: bool = False, overwrite: bool = False, input
     return out
 
 
-def check_out(out: Path, *, resume: bool = False, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
+def check_out(out: Path, *, resume: bool | None = None, overwrite: bool | None = None, inputs: Sequence[Path] = ()) -> None:
     """Refuse what `claim_out` would refuse, and touch nothing: for a verb that reads for minutes before it writes.
 
     Raises: BadInput: if `out` is a file, is in use without a flag, holds an input that --overwrite would delete, or both flags are set.
@@ -59,10 +59,10 @@ def check_out(out: Path, *, resume: bool = False, overwrite: bool = False, input
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not resume and not overwrite:
-        raise BadInput(
-            f"--out {out} must be new or empty; found {sum(1 for _ in out.iterdir())} entries; "
-            "choose another folder, or give --resume to continue or --overwrite to replace it"
-        )
+        offers = [(resume, "--resume to continue"), (overwrite, "--overwrite to replace it")]
+        ways = " or ".join(way for flag, way in offers if flag is not None)
+        found = f"--out {out} must be new or empty; found {sum(1 for _ in out.iterdir())} entries; choose another folder"
+        raise BadInput(f"{found}, or give {ways}" if ways else found)
     # --overwrite deletes a tree: only one that volssl itself left, never a home folder given by mistake, and never what it is to read.
     if overwrite and not any((out / mark).exists() for mark in MARKS):
         raise BadInput(f"--overwrite {out}: must be a folder that volssl wrote (with one of {', '.join(MARKS)}); delete it yourself")

@@ -8,15 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from volssl.archive import find, read, read_image, write_nifti
 from volssl.datasets import SUFFIXES, stem
-from volssl.files import BadInput, Outcome, claim_out, track, write_csv
+from volssl.files import BadInput, Outcome, check_out, claim_out, track, write_csv
 from volssl.journal import write_environment
-from volssl.segment import Model, read_model
+from volssl.segment import read_model
 from volssl.volume import Volume
 
 CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net's name of one channel's file
@@ -39,28 +40,36 @@ def run(run: Path, inputs: Sequence[Path], *, out: Path, format: str = "nifti", 
             several channels takes 4D files, or one file per channel named as nnU-Net does (`<case>_0000.nii.gz` ...).
         out: label maps (uint8 NIfTI) under the names of the inputs; a DICOM series gives `series_<hash of its voxels>.nii.gz`.
     Returns: failed counts the inputs that could not be segmented; failures.csv names each with its reason.
-    Raises: BadInput: no model, no input, two inputs of one name, or an unknown format.
+    Raises: BadInput: no model, no input, an input that is not there, two inputs of one name, an unknown format, or not one image that
+        could be segmented; `out` is then untouched.
     """
+    out, inputs = Path(out), [Path(path) for path in inputs]
+    claim: dict[str, Any] = {"overwrite": overwrite, "inputs": (run, *inputs)}
+    check_out(out, **claim)
     if format != "nifti":
         raise BadInput(f"--format must be nifti; found {format!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = read_model(Path(run), device)
-    items, failures = _items([Path(path) for path in inputs], channels=len(model.plan.channels))
-    out = claim_out(Path(out), overwrite=overwrite, inputs=(run, *inputs))
-    write_environment(out, device=device, precision="32-true", seed=0)
+    items, failures = _items(inputs, channels=len(model.plan.channels))
+    written = 0
     for item in track(items, total=len(items), label="predict"):
         try:
-            _segment(model, item, out)
+            volume = item.read()
+            label_map = model.label_map(volume)
         except BadInput as error:
             failures.append({"input": item.shown, "reason": _without_paths(str(error))})
+            continue
+        if not written:
+            claim_out(out, **claim)
+            write_environment(out, device=device, precision="32-true", seed=0)
+        name = item.name or f"series_{_voxel_hash(volume)}"
+        write_nifti(out / f"{name}.nii.gz", label_map, volume.grid, np.uint8)
+        written += 1
+    if not written:
+        told = "\n  ".join(f"{failure['input']}: {failure['reason']}" for failure in failures)
+        raise BadInput(f"inputs: none of {len(failures)} could be segmented:\n  {told}")
     write_csv(out / "failures.csv", failures, ("input", "reason"))
-    return Outcome(out, failed=len(failures), message=f"{len(list(out.glob('*.nii.gz')))} label maps")
-
-
-def _segment(model: Model, item: Item, out: Path) -> None:
-    volume = item.read()
-    name = item.name or f"series_{_voxel_hash(volume)}"
-    write_nifti(out / f"{name}.nii.gz", model.label_map(volume), volume.grid, np.uint8)
+    return Outcome(out, failed=len(failures), message=f"{written} label maps")
 
 
 def _voxel_hash(volume: Volume) -> str:
@@ -73,6 +82,8 @@ def _items(inputs: Sequence[Path], *, channels: int) -> tuple[list[Item], list[d
     files: list[Path] = []
     items: list[Item] = []
     failures: list[dict[str, str]] = []
+    if gone := [str(path) for path in inputs if not path.exists()]:
+        raise BadInput(f"inputs: every one must exist; found nothing at {', '.join(gone)}")
     for path in inputs:
         if not path.is_dir():
             files.append(path)
@@ -82,7 +93,9 @@ def _items(inputs: Sequence[Path], *, channels: int) -> tuple[list[Item], list[d
         series = [found for found in findings.scans if found.kind == "dicom"]
         items += [Item(None, f"DICOM series {len(items) + number}", partial(read, found)) for number, found in enumerate(series)]
         failures += [{"input": _shown(file, number), "reason": code} for number, (file, code) in enumerate(findings.unreadable.items())]
-    items += _by_case(files) if channels > 1 else [_item(path) for path in files]
+    # A folder in nnU-Net's layout bears the channel in every name, also where there is but one.
+    by_case = channels > 1 or (bool(files) and all(stem(path).endswith("_0000") for path in files))
+    items += _by_case(files) if by_case else [_item(path) for path in files]
     if not items and not failures:
         raise BadInput("inputs: must hold at least one image; found none")
     names = [item.name for item in items if item.name]
@@ -113,10 +126,13 @@ def _by_case(files: Sequence[Path]) -> list[Item]:
             cases.setdefault(match["case"], []).append(path)
         else:
             items.append(_item(path))
-    return items + [Item(case, case, partial(_stacked, sorted(paths))) for case, paths in cases.items()]
+    return items + [Item(case, case, partial(_stacked, sorted(paths, key=stem))) for case, paths in cases.items()]
 
 
 def _stacked(paths: Sequence[Path]) -> Volume:
+    found = [stem(path)[-4:] for path in paths]
+    if found != [f"{channel:04d}" for channel in range(len(paths))]:
+        raise BadInput(f"the channels of a case must be numbered 0000, 0001, ..., each once; found {', '.join(found)}")
     volumes = [read_image(path) for path in paths]
     grid = volumes[0].grid
     if not all(volume.grid.almost_equal(grid, tolerance_mm=0.1 * min(grid.spacing_mm)) for volume in volumes):

@@ -82,7 +82,7 @@ def _read_all(folders: Sequence[Path]) -> list[Run]:
         raise BadInput("report: must be given at least one run folder; found none")
     wrong = [f"{folder}: {fault}" for folder in folders if (fault := _fault(folder))]
     if wrong:
-        raise BadInput("report: every input must be a folder that volssl pretrain or finetune left; found:\n" + "\n".join(wrong))
+        raise BadInput("runs: every one must be a folder that volssl pretrain or finetune left; found:\n  " + "\n  ".join(wrong))
     names: list[str] = []
     for folder in folders:
         name = folder.resolve().name

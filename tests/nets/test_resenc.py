@@ -73,7 +73,7 @@ def test_tensors_and_forward_are_the_stock_networks(arguments, plan):
         torch.testing.assert_close(one, other)
 
 
-def test_the_defaults_are_nnunets_largest_3d_network():
+def test_the_defaults_are_nnunets_usual_3d_network():
     with torch.device("meta"):
         net = ResEncUNet(skips=True)
         plan = {"features": (32, 64, 128, 256, 320, 320), "blocks": (1, 3, 4, 6, 6, 6), "strides": [1, 2, 2, 2, 2, 2], "kernels": 3}

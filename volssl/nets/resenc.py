@@ -2,8 +2,8 @@
 
 The layers are those of the package dynamic-network-architectures, which nnU-Net builds its networks from, so every tensor has the name and
 shape that stock nnU-Net expects: `encoder.*` is all of its encoder and, with skips, `decoder.stages.*` and `decoder.transpconvs.*` are all
-of its decoder but the segmentation layers. The package is imported when a net is built (`pip install "volssl[resenc]"`; an nnU-Net install
-has it).
+of its decoder but the segmentation layers. nnU-Net's arrays run Z Y X and these X Y Z: whoever exports turns the last three axes of every
+kernel. The package is imported when a net is built (`pip install "volssl[resenc]"`; an nnU-Net install has it).
 
 nnU-Net's presets M, L and XL have the same blocks per stage, the defaults here; they differ in the patch and batch that fit into 8, 24 and
 40 GB, and the patch decides the number of stages and the strides.

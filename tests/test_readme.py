@@ -39,7 +39,7 @@ def test_every_command_parses(page, words):
     assert verb in VERBS, f"{page}: volssl {verb} is not a verb"
     parser = group.commands[verb]  # type: ignore[attr-defined]
     if any(word.startswith("[") or word.endswith("...") for word in arguments):  # a synopsis: its options must exist
-        known = {name for parameter in parser.params for name in parameter.opts}
+        known = {name for parameter in parser.params for name in (*parameter.opts, *parameter.secondary_opts)}
         assert set(re.findall(r"--[\w-]+", " ".join(arguments))) <= known
         return
     if arguments == ["--help"]:

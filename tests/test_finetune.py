@@ -119,7 +119,7 @@ def test_interrupted_and_resumed_is_uninterrupted_to_the_bit(data, recipe, tmp_p
 
     monkeypatch.setattr(fitting, "_step", step_then_signal)
     stopped = run(recipe, data=data, out=tmp_path / "parts")
-    assert "stopped by a signal after step 4" in stopped.message
+    assert "stopped by a signal after step 4" in stopped.message and not stopped.finished
     assert not (tmp_path / "parts" / "model.json").exists()
     monkeypatch.undo()
     torch.randn(3)  # the state of torch's own generator must not matter

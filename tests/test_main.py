@@ -179,6 +179,12 @@ def test_done_is_exit_0_and_says_where(verb, capsys, tmp_path):
     assert capsys.readouterr() == (f"volssl prepare: done, see {tmp_path}\n", "")
 
 
+def test_stopped_by_a_signal_is_exit_0_but_not_done(verb, capsys, tmp_path):
+    verb(lambda: Outcome(tmp_path, finished=False))
+    assert run_verb("finetune", {}) == 0
+    assert capsys.readouterr() == (f"volssl finetune: stopped, see {tmp_path}\n", "")
+
+
 def test_an_interrupt_is_130(verb, capsys):
     def fail():
         raise KeyboardInterrupt

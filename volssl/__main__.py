@@ -116,7 +116,7 @@ def _close(verb: str, outcome: Outcome) -> int:
         table = outcome.out / "failures.csv"
         _complain(verb, f"finished, but {outcome.failed} failed; {table} names each with its reason")
         return SOME_FAILED
-    typer.echo(f"volssl {verb}: done, see {outcome.out}")
+    typer.echo(f"volssl {verb}: {'done' if outcome.finished else 'stopped'}, see {outcome.out}")
     return DONE
 
 

@@ -25,11 +25,15 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a verb ended. `failed` counts the cases named in failures.csv; more than none gives exit code 3."""
+    """How a verb ended. `failed` counts the cases named in failures.csv; more than none gives exit code 3.
+
+    `finished` is False where a signal asked it to stop and --resume continues.
+    """
 
     out: Path
     failed: int = 0
     message: str = ""
+    finished: bool = True
 
 
 def claim_out(out: Path, *, resume: bool | None = None, overwrite: bool | None = None, inputs: Sequence[Path] = ()) -> Path:

@@ -111,7 +111,7 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     with StopSignal() as stop, Journal(out, steps_done=current.steps_done) as journal:
         train(current, checkpoints, journal, stop)
     if current.steps_done < made["optimisation"].steps:
-        return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume")
+        return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume", finished=False)
     model = Model(plan, kept(current))
     write_model(out, model)
     return _validate(out, model, table, held_out)

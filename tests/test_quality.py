@@ -12,6 +12,7 @@ from test_index import write_series
 
 from volssl import archive, index, quality, reasons, thumbnails
 from volssl.files import BadInput, read_csv, write_csv, write_json
+from volssl.glimpse import glimpse
 from volssl.prepare import run as prepare
 from volssl.preview import write_preview
 
@@ -75,6 +76,47 @@ def test_a_few_of_each_verdict_are_shown(made):
         assert pixels.max() > 150  # soft tissue
 
 
+def test_a_missing_slice_shows_as_a_dark_band(tmp_path, made):
+    """The refused series is drawn with its slices where they lie: one of them is dark from side to side."""
+    row = next(row for row in index.load(made).rows if row.reasons == ("missing_slice",))
+    volume = glimpse(index.load(made).sources[row.scan_id])
+    slices = volume.reoriented("RAS").array_CXYZ[0]
+    assert slices.shape[2] == 12
+    assert np.flatnonzero(np.ptp(slices, axis=(0, 1)) == 0).tolist() in ([5], [6])
+
+
+def test_a_series_in_pieces_is_glimpsed_all_the_same(tmp_path):
+    """Slices of two sizes, one cut short, two at one place: the commonest size is drawn, what cannot be read stays dark."""
+    write_series(tmp_path / "a", (body_phantom(), oblique_grid()), patient="p1", series=1)
+    write_series(tmp_path / "b", (body_phantom((20, 20, 3)), oblique_grid((20, 20, 3))), patient="p1", series=2)
+    files = sorted((tmp_path / "a").iterdir())
+    files[4].write_bytes(files[4].read_bytes()[:-500])
+    again = tmp_path / "again.dcm"
+    again.write_bytes(files[7].read_bytes())
+    volume = glimpse(archive.Source("dicom", (*files, again, *(tmp_path / "b").iterdir())))
+    slices = volume.reoriented("RAS").array_CXYZ[0]
+    assert np.flatnonzero(np.ptp(slices, axis=(0, 1)) == 0).tolist() in ([4], [7])
+    assert slices.shape[2] == 12
+    assert glimpse(archive.Source("file", (again,))) is None
+
+
+def test_only_known_makers_of_scanners_are_counted_by_name(tmp_path):
+    for number, maker in enumerate(("SIEMENS Healthineers", "Siemens", "Dr. Quillfeather's workshop", "")):
+        write_series(
+            tmp_path / "in" / str(number),
+            (body_phantom(seed=number), oblique_grid()),
+            patient=f"p{number}",
+            series=number,
+            Manufacturer=maker,
+        )
+    index.build([tmp_path / "in"], out=tmp_path / "index", gates=index.Gates(vendors=True, thumbnails=False))
+    text = text_of(tmp_path / "index" / "quality.html")
+    assert "Scanners: Siemens (2), another (1), not said (1)." in text
+    assert "Quillfeather" not in (tmp_path / "index" / "quality.html").read_text()
+    quality.run(tmp_path / "index")
+    assert "Scanners:" not in text_of(tmp_path / "index" / "quality.html")
+
+
 def test_the_page_asks_nothing_of_anybody(made):
     page = (made / "quality.html").read_text()
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
@@ -90,17 +132,18 @@ def test_pictures_can_be_left_out(made, tmp_path):
     assert pictures_of(tmp_path / "bare" / "quality.html") == []
 
 
-def test_a_scan_with_burned_in_text_is_never_drawn(made):
+@pytest.mark.parametrize("code", ["burned_in_annotation", "secondary_capture", "rgb"])
+def test_a_scan_that_may_have_a_name_in_its_pixels_is_never_drawn(made, code):
     """Whatever its verdict: the row of an accepted scan is made to say so."""
     rows = read_csv(made / "index.csv")
     chosen = next(row for row in rows if row["verdict"] == "accept")
-    chosen["reasons"] = "burned_in_annotation"
+    chosen["reasons"] = code
     write_csv(made / "index.csv", rows, list(rows[0]))
     before = len(pictures_of(made / "quality.html"))
     quality.run(made)
     assert chosen["scan_id"] not in text_of(made / "quality.html")
     assert len(pictures_of(made / "quality.html")) == before - 1
-    assert "burned_in_annotation" in text_of(made / "quality.html")
+    assert code in text_of(made / "quality.html")
 
 
 def test_without_the_private_part_the_counts_stay(made):

@@ -18,19 +18,26 @@ import numpy as np
 
 from volssl import archive
 from volssl.files import BadInput, Outcome, read_json, write_text
+from volssl.glimpse import LARGEST_VOX, glimpse
 from volssl.page import embedded, render
 from volssl.pictures import window_of
 from volssl.reasons import explained
-from volssl.rows import Row, Sources, parsed
+from volssl.rows import SOURCES, Row, Sources, parsed
 from volssl.thumbnails import middle_planes, planes_png
+from volssl.volume import Volume
 
 SHOWN = {"accept": 6, "repair": 6, "reject": 8}  # thumbnails of each verdict
 MOST_PARTS = 40
 GROUPS = 400  # kinds of series of which samples are kept
-LARGEST_VOX = 400_000_000  # more are not decoded for a thumbnail
-UNSEEN = {"burned_in_annotation"}  # pixels that may hold a name
+UNSEEN = {"burned_in_annotation", "secondary_capture", "rgb"}  # screenshots, most of all, have names in their pixels
 WINDOW_HU = (-1000.0, 700.0)
 VERDICTS = {"accept": "accepted", "repair": "to repair", "reject": "refused"}
+# That tag is free text: only these names leave the private folder.
+VENDORS = {
+    **{"SIEMENS": "Siemens", "GE MED": "GE", "GENERAL ELECTRIC": "GE", "PHILIPS": "Philips", "CANON": "Canon", "TOSHIBA": "Toshiba"},
+    **{"HITACHI": "Hitachi", "FUJI": "Fujifilm", "SHIMADZU": "Shimadzu", "UIH": "United Imaging", "UNITED IMAGING": "United Imaging"},
+    **{"NEUSOFT": "Neusoft", "SAMSUNG": "Samsung", "ESAOTE": "Esaote", "BRUKER": "Bruker", "HYPERFINE": "Hyperfine"},
+}
 # Ends of the columns of each histogram; the last column is open.
 EDGES: dict[str, tuple[float, ...]] = {
     "in_plane": (0, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0),
@@ -170,6 +177,7 @@ def write_quality(index: Path, *, look: Look = Look()) -> Path:
         parts_table=_by_verdict(tally.parts)[:MOST_PARTS],
         charts=[_chart(name, tally) for name in EDGES],
         sizes=tally.sizes.most_common(8),
+        vendors=_vendors(index) if look.vendors else [],
         shown={verdict: _figures(index, samples[verdict].rows(), SHOWN[verdict]) for verdict in VERDICTS} if look.thumbnails else {},
     )
     write_text(index / "quality.html", page)
@@ -242,7 +250,7 @@ def _chart(name: str, tally: Tally) -> dict[str, Any]:
 
 def _figures(index: Path, rows: Iterable[Row], count: int) -> list[dict[str, Any]]:
     """Captions with pictures of the first `count` rows; a scan that cannot be drawn says why."""
-    file = index / "private" / "sources.jsonl"
+    file = index / "private" / SOURCES
     if not file.is_file():  # the private part was left behind
         return []
     sources, figures = Sources(file), []
@@ -259,14 +267,37 @@ def _picture(row: Row, sources: Sources) -> tuple[bytes, str]:
     if row.shape_vox and float(np.prod(np.array(row.shape_vox, dtype=float))) > LARGEST_VOX:
         return b"", "too large to be drawn here"
     try:
-        volume = archive.read_source(sources[row.scan_id]).reoriented("RAS")
+        volume = _volume(row, sources).reoriented("RAS")
     except archive.Unreadable as error:
         return b"", explained(error.code)[0]
-    except (MemoryError, KeyError):
+    except MemoryError:
         return b"", explained("out_of_memory")[0]
     array_XYZ = volume.array_CXYZ[0]
     window = WINDOW_HU if row.modality == "CT" else window_of(array_XYZ, np.zeros(array_XYZ.shape, dtype=bool))
     return planes_png(middle_planes(array_XYZ), volume.grid.spacing_mm, window=window), ""
+
+
+def _volume(row: Row, sources: Sources) -> Volume:
+    try:
+        return archive.read_source(sources[row.scan_id])
+    except archive.Unreadable:
+        seen = glimpse(sources[row.scan_id]) if row.verdict == "reject" else None
+        if seen is None:
+            raise
+        return seen
+
+
+def _vendors(index: Path) -> list[tuple[str, int]]:
+    """Series of each maker of scanners, the commonest first. One header of each series is read again."""
+    if not (index / "private" / SOURCES).is_file():
+        raise BadInput(f"{index / 'private'}: must be there to count the makers of scanners; found nothing; leave out --vendors")
+    counts: Counter[str] = Counter()
+    for source in Sources(index / "private" / SOURCES).values():
+        if source.kind == "dicom":
+            found = archive.header_or_code(source.files[0])
+            said = "" if isinstance(found, str) else found.vendor.upper()
+            counts[next((name for word, name in VENDORS.items() if word in said), "another" if said else "not said")] += 1
+    return counts.most_common()
 
 
 def _facts(row: Row) -> list[str]:

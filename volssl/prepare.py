@@ -223,7 +223,7 @@ def _made(settings: Settings, row: Row, volume: Volume) -> tuple[np.ndarray, Ent
     for where, slab_CXYZ in slabs(part, grid, fill=low, mend=mend):
         if scaling != (1.0, 0.0):
             slab_CXYZ = slab_CXYZ * np.float32(scaling[0]) + np.float32(scaling[1])
-        array_CXYZ[:, *where] = np.rint(slab_CXYZ, out=slab_CXYZ)
+        array_CXYZ[:, *where] = np.rint(slab_CXYZ, out=slab_CXYZ).astype(np.int16)  # cast before it is turned: half the bytes
     entry = Entry(
         scan_id=row.scan_id,
         patient_id=row.patient_id,

@@ -92,7 +92,9 @@ def slabs(
     for begin in range(0, grid.shape_vox[order[0]], depth):
         part = [slice(None)] * 3
         part[order[0]] = slice(begin, min(begin + depth, grid.shape_vox[order[0]]))
-        slab_CXYZ = np.stack([planes(part[order[0]]) for planes in channels]).transpose(0, *(axis + 1 for axis in back))
+        made = [planes(part[order[0]]) for planes in channels]
+        slab = np.stack(made) if len(made) > 1 else made[0][None]
+        slab_CXYZ = slab.transpose(0, *(axis + 1 for axis in back))
         for axis, one in enumerate(axes):
             outside = ~one.inside[part[axis]]
             if outside.any():

@@ -58,7 +58,7 @@ def test_store_pickles_after_use(filled):
     store = Store.open(filled[0])
     before = store.read_box("S1", (0, 0, 0), (8, 8, 8))
     again = pickle.loads(pickle.dumps(store))
-    assert not again._arrays
+    assert not again._open
     np.testing.assert_array_equal(again.read_box("S1", (0, 0, 0), (8, 8, 8)), before)
 
 
@@ -131,3 +131,23 @@ def test_read_about_refuses_strange_keys(filled):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
     with pytest.raises(BadInput, match="as prepare writes it"):
         read_about(filled[0])
+
+
+def test_hints_name_the_bytes_of_the_chunks_that_a_box_touches(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    array = rng.integers(-1000, 1000, (2, 130, 70, 200), dtype=np.int16)
+    array[:, :64, :64, 64:128] = 0  # such a chunk takes no room
+    store = Store.create(tmp_path / "store", ABOUT)
+    store.write(array, entry("S1", array.shape[1:], channels=2))
+    file = store.volume_path("S1").read_bytes()
+    schunk = store._opened("S1").array.schunk
+    ends = store._opened("S1").ends
+    for number in range(schunk.nchunks):
+        content = file[ends[number] : ends[number + 1]]
+        assert content == (b"" if number in (1, 25) else schunk.get_chunk(number))
+    hinted = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, begin, length, advice: hinted.append((begin, length)))
+    box = store.read_box("S1", (60, 3, 130), (10, 20, 62))
+    np.testing.assert_array_equal(box, array[:, 60:70, 3:23, 130:192])
+    # Chunks are counted along C, X, Y, Z: 2 x 3 x 2 x 4 of them.
+    assert hinted == [(ends[n], ends[n + 1] - ends[n]) for n in (2, 10, 26, 34)]

@@ -9,6 +9,7 @@ A training machine needs only numpy and blosc2 for this file; a store is the sam
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -86,6 +87,51 @@ class Entry:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class _Open:
+    # An open volume. Chunk n lies in the file from `ends[n]` to `ends[n + 1]`; None if the file does not tell.
+    path: Path
+    array: Any
+    ends: np.ndarray | None
+
+    def hint(self, box: Sequence[tuple[int, int]]) -> None:
+        # The disk may fetch all that a box needs at once, while it is decompressed chunk by chunk.
+        if self.ends is None:
+            return
+        size = self.array.chunks
+        counts = [-(-n // m) for n, m in zip(self.array.shape, size, strict=True)]
+        touched = [(0, counts[0] - 1), *((a // m, (b - 1) // m) for (a, b), m in zip(box, size[1:], strict=True))]
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            for place in itertools.product(*(range(a, b + 1) for a, b in touched[:3])):
+                row = int(np.ravel_multi_index(place, counts[:3])) * counts[3]
+                begin, end = int(self.ends[row + touched[3][0]]), int(self.ends[row + touched[3][1] + 1])
+                if end > begin:
+                    os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
+
+
+def _chunk_ends(path: Path, array: Any) -> np.ndarray | None:
+    """Where in a frame file its chunks begin, and the last one ends.
+
+    Source: C-Blosc2, contiguous frame format: a header, the chunks, then their offsets as a chunk of int64; below 0 is a chunk that
+    takes no room, being all zero. A file that is damaged here is found out when it is read.
+    """
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(15)[11:15], "big")
+        file.seek(header + array.schunk.cbytes)
+        lead = file.read(16)
+        try:
+            offsets = np.frombuffer(blosc2.decompress2(lead + file.read(int.from_bytes(lead[12:16], "little") - 16)), np.int64)
+        except (RuntimeError, ValueError):
+            return None
+    if len(offsets) != array.schunk.nchunks:
+        return None
+    ends = np.append(np.where(offsets < 0, array.schunk.cbytes, offsets), array.schunk.cbytes)
+    return header + np.minimum.accumulate(ends[::-1])[::-1]
+
+
 @dataclass
 class Store:
     """An open store. Pickles as its path and rows; files are opened when they are first read."""
@@ -93,7 +139,7 @@ class Store:
     path: Path
     about: About
     rows: list[Entry]
-    _arrays: OrderedDict[str, Any] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
+    _open: OrderedDict[str, _Open] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> Store:
@@ -151,7 +197,7 @@ class Store:
         if not path.is_file():
             return None
         try:
-            return Entry.of(json.loads(self._array(scan_id).schunk.vlmeta["entry"]))
+            return Entry.of(json.loads(self._opened(scan_id).array.schunk.vlmeta["entry"]))
         except (KeyError, ValueError):
             raise BadInput(f"{path}: must hold its entry; found none; delete the file and prepare it again") from None
 
@@ -164,7 +210,7 @@ class Store:
 
         Only the chunks that it touches are read. It may reach outside: there is air, the lower end of the window.
         """
-        array = self._array(scan_id)
+        array = self._opened(scan_id).array
         shape = array.shape[1:]
         inner = [(max(0, int(a)), min(n, int(a) + int(w))) for a, w, n in zip(start, size, shape, strict=True)]
         if all(a == int(s) and b - a == int(w) for (a, b), s, w in zip(inner, start, size, strict=True)):
@@ -176,15 +222,17 @@ class Store:
         return box
 
     def _part(self, scan_id: str, box: Sequence[tuple[int, int]]) -> np.ndarray:
+        opened = self._opened(scan_id)
+        opened.hint(box)
         try:
-            return self._array(scan_id)[(slice(None), *(slice(a, b) for a, b in box))]
+            return opened.array[(slice(None), *(slice(a, b) for a, b in box))]
         except RuntimeError:
             raise BadInput(f"{self.volume_path(scan_id)}: must be whole; found damage; delete it and prepare again") from None
 
-    def _array(self, scan_id: str) -> Any:
-        if scan_id in self._arrays:
-            self._arrays.move_to_end(scan_id)
-            return self._arrays[scan_id]
+    def _opened(self, scan_id: str) -> _Open:
+        if scan_id in self._open:
+            self._open.move_to_end(scan_id)
+            return self._open[scan_id]
         path = self.volume_path(scan_id)
         try:
             array: Any = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})
@@ -192,13 +240,13 @@ class Store:
             raise BadInput(f"{path}: must be a stored volume; {type(error).__name__} while opening it; prepare it again") from None
         if array.ndim != 4 or array.dtype != np.int16:
             raise BadInput(f"{path}: must be int16 (C, X, Y, Z); found {array.dtype} with {array.ndim} axes; prepare it again")
-        self._arrays[scan_id] = array
-        if len(self._arrays) > OPEN_FILES:
-            self._arrays.popitem(last=False)
-        return array
+        self._open[scan_id] = _Open(path, array, _chunk_ends(path, array))
+        if len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)
+        return self._open[scan_id]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_arrays": OrderedDict()}
+        return self.__dict__ | {"_open": OrderedDict()}
 
 
 def _packed(array_CXYZ: np.ndarray, entry: str) -> bytes:

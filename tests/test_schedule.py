@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from volssl.schedule import cosine, warmup_cosine, warmup_poly
+from volssl.schedule import cosine, warmup_cosine
 
 
 def test_cosine_is_the_papers_at_any_length():
@@ -21,6 +21,3 @@ def test_warmup_then_decay():
     assert warmup_cosine(0.55, warmup=0.1) == pytest.approx(0.5)
     assert warmup_cosine(1.0, warmup=0.1, floor=0.02) == pytest.approx(0.02)
     assert warmup_cosine(0.0, warmup=0.0) == 1.0
-    assert warmup_poly(0.05, warmup=0.1) == pytest.approx(0.5)
-    assert warmup_poly(0.55, warmup=0.1) == pytest.approx(0.5**0.9)
-    assert warmup_poly(1.0, warmup=0.0) == 0.0

@@ -21,10 +21,3 @@ def warmup_cosine(progress: float, *, warmup: float, floor: float = 0.0) -> floa
     if progress < warmup:
         return progress / warmup
     return floor + (1 - floor) * cosine((progress - warmup) / (1 - warmup) if warmup < 1 else 1.0)
-
-
-def warmup_poly(progress: float, *, warmup: float, power: float = 0.9) -> float:
-    """Linear warm-up over the share `warmup`, then (1 - p)**power, nnU-Net's decay."""
-    if progress < warmup:
-        return progress / warmup
-    return (1 - (progress - warmup) / (1 - warmup)) ** power if warmup < 1 else 0.0

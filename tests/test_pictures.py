@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from volssl.pictures import Overlay, overlay_png, plane_of, plane_spacing, restoration_png, telling_slice, window_of
+from volssl.pictures import LINE, Overlay, curves_svg, overlay_png, plane_of, plane_spacing, restoration_png, telling_slice, window_of
 
 
 def test_the_patients_right_is_on_the_viewers_left_and_front_and_head_are_up():
@@ -56,3 +56,15 @@ def test_the_window_lies_around_the_labelled_tissue():
     assert -300 < low < -100
     assert 200 < high < 400
     assert window_of(image_XYZ, np.zeros_like(tissue_XYZ)) == (-1000, 1500)
+
+
+def test_a_series_of_one_point_is_seen():
+    rows = [{"step": step, "loss/a": 1 / step} for step in range(1, 9)]
+    filled = f"fill: {LINE}".encode()  # a line has no filled area, a marker has
+    assert filled not in curves_svg(rows)
+    assert filled in curves_svg([*rows, {"step": 9, "health/b": 0.3}])
+
+
+def test_the_gradient_norm_is_drawn():
+    rows = [{"step": step, "lr": 0.1, "grad_norm": 2.0 / step} for step in (1, 2, 3, 4)]
+    assert len(curves_svg(rows)) > len(curves_svg([{"step": row["step"], "lr": 0.1} for row in rows])) + 1000

@@ -236,7 +236,8 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _curve(panel: Any, metrics: Sequence[Mapping[str, Any]], key: str) -> None:
     steps, values = _series(metrics, key)
-    panel.plot(steps, values, color=LINE, linewidth=1.3)
+    # Few points are marked: a line through one of them is nothing to see.
+    panel.plot(steps, values, color=LINE, linewidth=1.3, marker="o" if len(values) < 4 else None, markersize=3)
     panel.set_title(CURVE_NAMES.get(key, key), loc="left", color=INK, fontsize=9)
     held_out = f"val/{key[5:]}"
     steps, values = _series(metrics, held_out) if key.startswith("loss/") else ([], [])

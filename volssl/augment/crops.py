@@ -45,6 +45,9 @@ class PairCrops:
     Attributes:
         global_sizes_vox: sizes a global box may have, drawn uniformly and independently; pairs of sizes that cannot reach the overlap are
             left out. min_overlap: strict lower bound of the intersection over union.
+        room: the region in which both corners are drawn, along each axis in multiples of the largest size, as if a whole scan were there;
+            pairs that do not fit into the parent are drawn again. None is the parent itself: where that is hardly larger than the boxes,
+            they lie closer to each other than in a scan.
         locals: number of sub-crops. local_sizes_vox: theirs; cut to the region where larger.
         local_region: "inside": strictly inside the smallest box around both globals, as the paper says; "corner": only their first corner
             lies there, within 3 voxels, as in the reference code; "anywhere" in the parent: plain multi-crop.
@@ -54,6 +57,7 @@ class PairCrops:
 
     global_sizes_vox: tuple[Size, ...] = ((96, 96, 64), (96, 96, 96), (112, 112, 64), (64, 64, 32))
     min_overlap: float = 0.3
+    room: tuple[float, float, float] | None = None
     locals: int = 6
     local_sizes_vox: tuple[Size, ...] = ((32, 32, 16), (16, 16, 16), (32, 32, 32), (8, 8, 8))
     local_region: Literal["inside", "corner", "anywhere"] = "inside"
@@ -120,13 +124,18 @@ class PairCrops:
     def _pair(self, source: np.random.Generator, parent_3: np.ndarray) -> np.ndarray:
         # Candidates are drawn 64 at a time; the first that overlaps enough is taken, sizes included in the rejection as in the reference.
         sizes_S3 = np.array(self.global_sizes_vox)
+        region_3 = parent_3 if self.room is None else np.rint(np.maximum(self.room, 1) * sizes_S3.max(0)).astype(int)
         for _ in range(ATTEMPTS):
             size_N23 = sizes_S3[source.integers(len(sizes_S3), size=(64, 2))]
-            start_N23 = np.floor(source.random((64, 2, 3)) * (parent_3 - size_N23 + 1)).astype(int)
-            good = overlap(start_N23[:, 0], size_N23[:, 0], start_N23[:, 1], size_N23[:, 1]) > self.min_overlap
+            start_N23 = np.floor(source.random((64, 2, 3)) * (region_3 - size_N23 + 1)).astype(int)
+            low_N3 = start_N23.min(1)
+            free_N3 = parent_3 - ((start_N23 + size_N23).max(1) - low_N3)
+            overlaps = overlap(start_N23[:, 0], size_N23[:, 0], start_N23[:, 1], size_N23[:, 1]) > self.min_overlap
+            good = overlaps & (free_N3 >= 0).all(1)
             if good.any():
                 first = int(good.argmax())
-                return np.stack([start_N23[first], size_N23[first]], axis=1)
+                corner_3 = source.integers(free_N3[first] + 1)  # the pair as a whole may lie anywhere in the parent
+                return np.stack([start_N23[first] - low_N3[first] + corner_3, size_N23[first]], axis=1)
         raise BadInput(
             f"min_overlap {self.min_overlap}: no pair of global boxes overlapped enough in {64 * ATTEMPTS} draws from a box of "
             f"{tuple(parent_3.tolist())} voxels; lower min_overlap or make patches.box_vox smaller"

@@ -77,7 +77,7 @@ class Comparison:
         reduction: "mean" (the reference code) or "sum" (the paper) over those pairs. scales: "each" pair draws its own decoder scale
         (the reference code), or one scale is "shared" by all terms of a step (the paper). decoder_scales: the decoder's maps that are
         drawn from, here and for the restoration, counted from the coarsest, 0; none named means all. norm: in the heads: "batch" over the
-        samples of the step, of which there must be two; "group" over 8 groups of a sample's channels and "instance" over all of them
+        samples of the step, of which there must be two; "group" over groups of a sample's channels and "instance" over all of them
         (a pooled vector has no voxels to normalise over), both of which can take a batch of one.
     """
 
@@ -128,7 +128,8 @@ class PCRLv2(AbstractMethod):
     normalisation = "zscore"
     # Named sets of arguments; a recipe's own keys are laid over them.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "official": {"crops": {"tissue": {"rule": "body", "limit": 0.15, "relative_to": "output"}}},
+        # room: of a chest CT of 350 x 350 x 300 mm, what the reference's borders leave for 112 x 112 x 96 voxels (209 x 209 x 266).
+        "official": {"crops": {"room": (1.87, 1.87, 2.77), "tissue": {"rule": "body", "limit": 0.15, "relative_to": "output"}}},
         "paper": {
             "restoration": {"views": "both", "head": "conv", "final": False, "fade": False},
             "comparison": {"reduction": "sum", "scales": "shared"},

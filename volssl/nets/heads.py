@@ -37,10 +37,12 @@ class ComparisonHead(nn.Module):
 
 
 def _vector_norm(norm: Norm, channels: int) -> nn.Module:
-    """Of vectors (B, C): batch over the samples; group over groups of a sample's channels; instance over all of them, as one group."""
+    """Of vectors (B, C): batch over the samples; group over up to 8 groups of at least 8 of a sample's channels, since a group of one has
+    nothing to be normalised over; instance over all of its channels, as one group."""
     if norm == "batch":
         return BatchNorm1d(channels)
-    return nn.GroupNorm(1, channels) if norm == "instance" else make_norm("group", channels)
+    groups = next((g for g in (8, 4, 2) if channels % g == 0 and channels >= 8 * g), 1) if norm == "group" else 1
+    return nn.GroupNorm(groups, channels)
 
 
 class MidRestorationHead(nn.Module):

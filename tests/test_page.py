@@ -6,6 +6,7 @@ import re
 import pytest
 
 from volssl import page
+from volssl.page import _number
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,7 @@ def test_what_is_filled_in_is_escaped_and_nothing_is_loaded():
     text = page.render("report.html", sections=[], comparison={"rows": [], "pairs": [("<script>", [])], "reference": "x"})
     assert "&lt;script&gt;" in text and "<script" not in text
     assert "default-src 'none'" in text and not re.search(r"(src|href)=\"(?!data:|#)", text)
+
+
+def test_a_number_that_rounds_to_zero_bears_no_sign():
+    assert [_number(value) for value in (-0.0004, 0.0004, -0.0006, None)] == ["0.000", "0.000", "−0.001", "–"]

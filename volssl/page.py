@@ -32,4 +32,5 @@ def without_paths(text: object) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    # Adding 0.0 takes the sign of a number that rounds to zero.
+    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")

@@ -22,6 +22,7 @@ from planting import MARK, UID, needles, plant_dicom, search, word
 from test_index import write_series
 from test_pretrain import TINY
 
+from volssl.export import FORMATS
 from volssl.files import BadInput
 from volssl.pseudonyms import claim_key, pseudonym
 
@@ -134,15 +135,30 @@ def left(hospital, tmp_path_factory):
         place,
         ("index", hospital, "--out", place / "index", "--vendors", 3),
         ("index", hospital, "--out", place / "again", "--workers", "1", 3),
-        ("prepare", place / "index", "--out", place / "store", "--workers", "1", "body.margin_mm=0", 0),
+    )
+    spoil_after_index(hospital)
+    volssl(
+        place,
+        ("prepare", place / "index", "--out", place / "store", "--workers", "1", "body.margin_mm=0", 3),
+        ("prepare", place / "index", "--out", place / "store_alone", "body.margin_mm=0", 3),
         ("pretrain", "--recipe", "pcrlv2", "--store", place / "store", "--out", pretrained, *overrides, 0),
-        ("export", pretrained, "--to", "bundle", "--out", place / "exported", 0),
+        *(("export", pretrained, "--to", kind, "--out", place / "exported" / kind, 0) for kind in FORMATS),
         ("finetune", "--recipe", recipe, "--data", labelled, "--out", tuned, "optimisation.steps=2", 0),
         ("predict", tuned, labelled / "imagesTr" / f"{CASE}_0.nii.gz", "--out", place / "predicted", 0),
         ("evaluate", place / "predicted", labelled / "labelsTr", "--recipe", recipe, "--out", place / "scores", 3),
         ("report", pretrained, tuned, "--out", place / "report.html", 0),
     )
     return place
+
+
+def spoil_after_index(hospital):
+    """What was sound when it was listed is not so any more: a file cut short, another gone, a slice of noise."""
+    image = hospital / f"{MARK}_odd" / f"{MARK}_good.nii.gz"
+    image.write_bytes(image.read_bytes()[:3000])
+    study = hospital / f"{MARK}^Patient3" / f"{MARK} study"
+    sorted(study.iterdir())[7].unlink()
+    noisy = sorted((hospital / f"{MARK}^Patient4" / f"{MARK} study").iterdir())[7]
+    noisy.write_bytes(noisy.read_bytes()[:200] + MARK.encode() * 500)
 
 
 def write_labelled(root):
@@ -167,7 +183,8 @@ def test_the_archive_was_used(left):
     """Otherwise there would be nothing to find."""
     rows = (left / "index" / "index.csv").read_text()
     assert rows.count(",accept,") >= 6 and "missing_slice" in rows
-    assert len(list((left / "store" / "volumes").iterdir())) >= 6
+    assert len(list((left / "store" / "volumes").iterdir())) >= 3
+    assert (left / "store" / "failures.csv").read_text().count("\n") == 4  # a title, and what was spoilt after the index
     assert MARK in (left / "index" / "private" / "files.csv").read_text()
     assert list((left / "pretrained").rglob("events.out*")) and list((left / "pretrained" / "pictures").iterdir())
 
@@ -212,11 +229,13 @@ def test_the_private_part_is_closed(left):
 def test_failures_of_predict_name_no_file_of_a_folder_but_images(hospital, left, tmp_path):
     """Names of images are the user's own; those of DICOM files and folders are not."""
     folder = tmp_path / "in"
-    (folder / f"{MARK}_dicom").mkdir(parents=True)
+    (folder / f"{MARK} study").mkdir(parents=True)
     for path in sorted((hospital / f"{MARK}_odd").glob("*.dcm")):
         if os.access(path, os.R_OK):
-            (folder / f"{MARK}_dicom" / path.name).write_bytes(path.read_bytes())
-    (folder / f"{CASE}.nii.gz").write_bytes(b"\x1f\x8bnothing")
+            (folder / f"{MARK} study" / path.name).write_bytes(path.read_bytes())
+    (folder / f"a {MARK} b").mkdir()
+    (folder / f"a {MARK} b" / f"{CASE}_broken.nii.gz").write_bytes(b"\x1f\x8bnothing")
+    write_planted_nifti(folder / f"a {MARK} b" / f"{CASE}.nii.gz", body_phantom(), oblique_grid())
     volssl(tmp_path, ("predict", left / "tuned", folder, "--out", tmp_path / "out", 3))
     assert search(tmp_path / "out", needles()) == []
     assert MARK not in (tmp_path / "said.txt").read_text()

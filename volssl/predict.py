@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from volssl.archive import find, read, read_image, write_nifti
+from volssl.archive import Unreadable, find, read, read_image, write_nifti
 from volssl.datasets import SUFFIXES, stem
 from volssl.files import BadInput, Outcome, check_out, claim_out, track, write_csv
 from volssl.journal import write_environment
+from volssl.reasons import explained
 from volssl.segment import read_model
 from volssl.volume import Volume
 
@@ -25,11 +26,15 @@ CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net's name of 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to segment. `name`: of the output; None for DICOM, which is named after its voxels. `shown`: how failures.csv calls it."""
+    """One image to segment. `name`: of the output; None for DICOM, which is named after its voxels. `shown`: how failures.csv calls it.
+
+    `files`: what complaints may name it by; none for DICOM.
+    """
 
     name: str | None
     shown: str
     read: Callable[[], Volume]
+    files: tuple[Path, ...] = ()
 
 
 def run(run: Path, inputs: Sequence[Path], *, out: Path, format: str = "nifti", overwrite: bool = False) -> Outcome:
@@ -57,7 +62,7 @@ def run(run: Path, inputs: Sequence[Path], *, out: Path, format: str = "nifti", 
             volume = item.read()
             label_map = model.label_map(volume)
         except BadInput as error:
-            failures.append({"input": item.shown, "reason": _without_paths(str(error))})
+            failures.append({"input": item.shown, "reason": _reason(error, item.files)})
             continue
         if not written:
             claim_out(out, **claim)
@@ -109,7 +114,7 @@ def _items(inputs: Sequence[Path], *, channels: int) -> tuple[list[Item], list[d
 def _item(path: Path) -> Item:
     if path.is_file() and not path.name.lower().endswith(SUFFIXES):
         return Item(None, "DICOM series of one named file", partial(read_image, path))
-    return Item(stem(path), stem(path), partial(read_image, path))
+    return Item(stem(path), stem(path), partial(read_image, path), (path,))
 
 
 def _shown(path: Path, number: int) -> str:
@@ -126,7 +131,7 @@ def _by_case(files: Sequence[Path]) -> list[Item]:
             cases.setdefault(match["case"], []).append(path)
         else:
             items.append(_item(path))
-    return items + [Item(case, case, partial(_stacked, sorted(paths, key=stem))) for case, paths in cases.items()]
+    return items + [Item(case, case, partial(_stacked, sorted(paths, key=stem)), tuple(paths)) for case, paths in cases.items()]
 
 
 def _stacked(paths: Sequence[Path]) -> Volume:
@@ -140,6 +145,11 @@ def _stacked(paths: Sequence[Path]) -> Volume:
     return Volume(np.concatenate([volume.array_CXYZ for volume in volumes]), grid)
 
 
-def _without_paths(text: str) -> str:
-    # Readers begin their complaint with the path; an artefact holds none.
-    return re.sub(r"(/[^\s:;,]+)+", "the file", text)
+def _reason(error: BadInput, files: Sequence[Path]) -> str:
+    # A complaint begins with the path, whose folders may be called after patients; in a DICOM folder files may be, too.
+    if isinstance(error, Unreadable) and not files:
+        return f"{error.code}: {explained(error.code)[0]}"
+    text = str(error)
+    for file in files:
+        text = text.replace(str(file), "the file")
+    return text

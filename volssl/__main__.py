@@ -152,6 +152,27 @@ LOOK: dict[str, tuple[Any, Any]] = {
     "thumbnails": (_option(bool, "Show pictures of a few scans.", "--thumbnails/--no-thumbnails"), True),
     "vendors": (_option(bool, "Count the makers of the scanners.", "--vendors"), False),
 }
+# Settings of volssl.gates.Gates, whose defaults these are (a test holds it): that module is not imported for a help page.
+GATES: dict[str, tuple[Any, Any]] = {
+    "modality": (_option(str | None, "What all files other than DICOM are: CT, MR or PT; else their values tell."), None),
+    "min_slices": (_option(int, "Fewer slices are too few."), 8),
+    "position_mm": (_option(float, "How far a slice may lie off its even place."), 0.1),
+    "position_share": (_option(float, "The same as a share of the distance of slices, if that is more."), 0.05),
+    "missing_from": (_option(float, "A gap of this many usual distances means that slices are missing."), 1.5),
+    "tilt_deg": (_option(float, "Largest lean of a stack that is not mended."), 0.2),
+    "max_tilt_deg": (_option(float, "Largest lean of a stack that is mended."), 45.0),
+    "direction": (_option(float, "Largest difference of direction cosines within a stack."), 1e-3),
+    "derived": (_option(str, "Derived images: auto takes those not computed from others, accept or reject takes all or none."), "auto"),
+    "content": (_option(str, "slices: decode four of each series, to find copies and wrong values; none: headers only."), "slices"),
+    "duplicate_tolerance": (_option(float, "Largest difference of copies, in standard deviations."), 1e-3),
+    "patient_pattern": (
+        _option(str, "Regular expression that finds the patient in the path of a file."),
+        r"(?:^|/)(sub-[A-Za-z0-9]+)(?=[/_])",
+    ),
+    "siblings": (_option(int, "Up to so many files of one grid in one subfolder stay on one side of the split."), 8),
+    "validation_share": (_option(float, "Share of the patients that is held out."), 0.1),
+    "key": (_option(Path | None, "File with the key of the pseudonyms; else one is made."), None),
+}
 ASKED = inspect.Parameter.empty  # as a default: the user must give it
 
 
@@ -194,6 +215,7 @@ _command(
         "out": (Out, ASKED),
         "workers": (Workers, 0),
         "seed": (_option(int, "Seed of the patient-wise split."), 0),
+        **GATES,
         **LOOK,
         **ENDINGS,
     },

@@ -32,7 +32,7 @@ FAILURES = {"truncated", "undecodable", "no_permission", "missing", "empty_file"
 class Facts:
     """What the examination of one volume gave. `digest` is of its content, not yet keyed; `identity` tells it from all others.
 
-    `failure` is the code of why it cannot be read, and then all there is.
+    `failure` is the code of why it cannot be read, and then all there is. `place` is equal for files of one grid in one folder.
     """
 
     source: Source
@@ -48,6 +48,7 @@ class Facts:
     reasons: tuple[str, ...] = ()
     digest: str = ""
     failure: str = ""
+    place: str = ""
     prints: tuple[Print, ...] = field(default=(), repr=False)
 
 
@@ -154,6 +155,7 @@ def _volume_facts(gates: Gates, facts: Facts, volume: Volume) -> Facts:
         num_slices=grid.shape_vox[max(range(3), key=lambda axis: (grid.spacing_mm[axis], axis))],
         reasons=tuple(sorted(reasons)),
         digest=hashlib.sha256(repr(content.shape).encode() + content.tobytes()).hexdigest(),
+        place=_digest(str(facts.source.files[0].parent), str(grid.shape_vox), str(grid.affine.round(2).tolist())),
         prints=tuple(prints_of(volume)),
     )
 

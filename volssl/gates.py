@@ -26,8 +26,9 @@ class Gates:
         derived: "auto" takes images that say DERIVED unless they are computed from others (projections, maps, secondary CT); "accept" takes
         those too, "reject" takes none. content: "slices" decodes four slices of each series to find copies and wrong values. key: a file
         that holds the key of the pseudonyms. patient_pattern: searched in the path of files other than DICOM; its first group, or all of
-        it, is the patient; without a match every file is a patient of its own. duplicate_tolerance: largest difference of block means
-        between copies, in standard deviations. thumbnails, vendors: what quality.html shows.
+        it, is the patient; without a match every file is a patient of its own. siblings: so many files, or fewer, of one grid in one folder
+        below those given are taken for one patient's and stay on one side of the split. duplicate_tolerance: largest difference of block
+        means between copies, in standard deviations. thumbnails, vendors: what quality.html shows.
     """
 
     modality: str | None = None
@@ -42,6 +43,7 @@ class Gates:
     content: str = "slices"
     duplicate_tolerance: float = 1e-3
     patient_pattern: str = r"(?:^|/)(sub-[A-Za-z0-9]+)(?=[/_])"
+    siblings: int = 8
     validation_share: float = 0.1
     key: Path | None = None
     thumbnails: bool = True

@@ -165,18 +165,22 @@ def _begin(file: _Bytes) -> tuple[int, str]:
 
 def _walk(file: _Bytes, at: int, explicit: bool, raw: dict[int, bytes]) -> tuple[int, int] | None:
     # Gathers the values of TAGS; returns where the pixels lie.
-    last = 0
-    size, near = file.size, file.near
+    last, size = 0, file.size
+    data, base, end = file.data, file.base, -1  # the window; looked up here, since this loop is what takes the time
     while at < size:
-        pos = near(at)
-        group, element, kind, length = _HEAD(file.data, pos)
+        pos = at - base
+        if pos < 0 or at > end:
+            pos = file.near(at)
+            data, base = file.data, file.base
+            end = base + len(data) - 12
+        group, element, kind, length = _HEAD(data, pos)
         begin = at + 8
         if not explicit:
-            (length,) = _LENGTH(file.data, pos + 4)
+            (length,) = _LENGTH(data, pos + 4)
             if kind in SHORT or kind in LONG:
                 raise Odd("explicit after all")
         elif kind in LONG:
-            (length,), begin = _LENGTH(file.data, pos + 8), at + 12
+            (length,), begin = _LENGTH(data, pos + 8), at + 12
         elif kind not in SHORT:
             raise Odd("value type")
         tag = group << 16 | element
@@ -188,12 +192,13 @@ def _walk(file: _Bytes, at: int, explicit: bool, raw: dict[int, bytes]) -> tuple
         if length == UNDEFINED:
             if explicit and kind != b"SQ":
                 raise Odd("undefined length")
-            at = _after_items(file, begin, explicit, 0)
+            at, end = _after_items(file, begin, explicit, 0), -1
             continue
         if tag in TAGS:
             if (explicit and kind != TAGS[tag][1]) or length > LONGEST:
                 raise Odd("value type or length")
-            raw[tag] = file.value(begin, length)
+            pos = begin - base
+            raw[tag] = data[pos : pos + length] if pos + length <= len(data) else file.value(begin, length)
         at = begin + length
     if at > size:
         raise Odd("ends within an element")

@@ -59,7 +59,8 @@ def build(
         ignored = {path: kind for path, kind in spool.others(("dicom", "file")) if kind in archive.IGNORED}
         total = spool.count_series() + spool.count("file")
         examined = _chained(over(partial(examine_series, gates), spool.series()), over(partial(examine_file, gates), spool.files("file")))
-        key, rows, prints = b"", [], []
+        key, rows, prints, places = b"", [], [], {}
+        roots = {Path(path).absolute() for path in archives}
         with SourcesFile(private) as sources:
             for facts in (one for several in track(examined, total=total, label="index") for one in several):
                 if facts.failure:
@@ -68,11 +69,14 @@ def build(
                 key = key or claim_key(out, gates.key)
                 rows.append(_row(key, facts, gates))
                 prints.append(facts.prints if rows[-1].usable else ())
+                if rows[-1].usable and facts.place and facts.source.files[0].parent not in roots:
+                    places.setdefault(facts.place[:16], []).append(rows[-1].scan_id)
                 sources.add(rows[-1].scan_id, facts.source)
             if not rows:
                 _refuse(archives, failed, ignored, private if fresh else None)
     rows = _with_twins(rows, prints, gates)
-    rows = split(rows, seed=seed, share=gates.validation_share)
+    siblings = ((names[0], other) for names in places.values() if len(names) <= gates.siblings for other in names[1:])
+    rows = split(rows, seed=seed, share=gates.validation_share, twins=siblings)
     _write_files(out, key, failed=failed, ignored=ignored)
     write_json(out / "summary.json", _summary(rows, failed, ignored))
     write_rows(out / "index.csv", rows)

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from volssl.volume import Grid, Volume
 # Says what a series is, not that it cannot be read.
 READABLE = {"localiser", "derived", "secondary", "computed", "burned_in_annotation", "too_few_slices"}
 LARGEST = 1 << 34  # bytes of one decoded scan
+BOMB = 1 << 26  # from here on, one compressed slice of more than BOMB_RATIO times its size is refused
+BOMB_RATIO = 1000
 
 
 def read_stack(stack: Stack, *, repairs: Sequence[str] = ()) -> Volume:
@@ -46,7 +49,7 @@ def read_stack(stack: Stack, *, repairs: Sequence[str] = ()) -> Volume:
     array_ZYX = np.empty((len(order), rows, columns), dtype=np.int16 if small else np.float32)
     with quiet():
         for plane, one in zip(array_ZYX, order, strict=True):
-            plane[:] = read_slice(one)
+            _read_into(plane, one)
     if not set(stack.reasons) & {"gantry_tilt", "uneven_gap", "shifted_slice"}:
         return Volume(array_ZYX.transpose(2, 1, 0)[None], stack.grid)
     return Volume(_upright(array_ZYX, order, stack.grid).transpose(2, 1, 0)[None], stack.grid)
@@ -99,6 +102,18 @@ def read_slice(one: Slice) -> np.ndarray:
     return stored
 
 
+def _read_into(plane: np.ndarray, one: Slice) -> None:
+    # As read_slice, without an array in between where stored values and the shift fit int16.
+    pixels = one.pixels
+    low, high = pixels.values
+    if not (plane.dtype == np.int16 and pixels.plain and pixels.allocated == 16 and pixels.slope == 1.0 and max(-low, high) < 2**15):
+        plane[:] = read_slice(one)
+        return
+    stored = read_slice(replace(one, pixels=replace(pixels, slope=1.0, intercept=0.0)))
+    # Modulo 2^16 the sum is right whatever the sign of the type, since the result fits.
+    np.add(stored.view(np.int16), np.int16(int(pixels.intercept)), out=plane)
+
+
 def _plain(one: Slice) -> np.ndarray:
     pixels = one.pixels
     count = one.shape[0] * one.shape[1]
@@ -136,6 +151,9 @@ def _rescaled(stored: np.ndarray, one: Slice) -> np.ndarray:
 
 
 def _decoded(one: Slice) -> np.ndarray:
+    declared, stored = one.shape[0] * one.shape[1] * one.pixels.allocated // 8, one.path.stat().st_size
+    if declared > BOMB and declared > BOMB_RATIO * stored:
+        raise Unreadable("too_large", f"{one.path}: {stored} bytes declare an image of {declared}")
     if one.frame < 0:
         values = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path)))
         return values[0] if values.ndim == 3 and len(values) == 1 else values

@@ -144,10 +144,8 @@ def _index_alone(archive: Path, out: Path) -> None:
     begun = time.perf_counter()
     index.build([archive], out=out, gates=Gates(thumbnails=False))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows = (out / "index.csv").stat().st_size
-    print(
-        f"{after / 1024:.0f} MiB at its peak, {before / 1024:.0f} before; {time.perf_counter() - begun:.0f} s; index.csv {rows / 2**20:.0f} MiB"
-    )
+    took, size = time.perf_counter() - begun, (out / "index.csv").stat().st_size / 2**20
+    print(f"{after / 1024:.0f} MiB at its peak, {before / 1024:.0f} before; {took:.0f} s; index.csv {size:.0f} MiB")
 
 
 def _bench_twins(count: int) -> None:

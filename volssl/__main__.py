@@ -22,6 +22,7 @@ VERBS = {
     "quality": "volssl.quality:run",
     "prepare": "volssl.prepare:run",
     "pretrain": "volssl.pretrain:run",
+    "bench": "volssl.bench:run",
     "export": "volssl.export:run",
     "finetune": "volssl.finetune:run",
     "predict": "volssl.predict:run",
@@ -116,7 +117,8 @@ def _close(verb: str, outcome: Outcome) -> int:
         table = outcome.out / "failures.csv"
         _complain(verb, f"finished, but {outcome.failed} failed; {table} names each with its reason")
         return SOME_FAILED
-    typer.echo(f"volssl {verb}: {'done' if outcome.finished else 'stopped'}, see {outcome.out}")
+    where = "" if outcome.out == Path() else f", see {outcome.out}"
+    typer.echo(f"volssl {verb}: {'done' if outcome.finished else 'stopped'}{where}")
     return DONE
 
 
@@ -250,6 +252,18 @@ _command(
         "store": (_option(Path, "Folder that prepare left."), ASKED),
         "out": (Out, ASKED),
         **ENDINGS,
+        **OVERRIDES,
+    },
+)
+_command(
+    "bench",
+    "Tell what a pretraining recipe would cost on this machine.",
+    {
+        "recipe": (Recipe, ASKED),
+        "store": (_option(Path | None, "Folder that prepare left; without it a small synthetic one is made."), None),
+        "out": (_option(Path | None, "Folder for bench.json; must be new or empty. Without it the figures are only told."), None),
+        "steps": (_option(int, "Steps to measure, after a few that are not.", min=1), 10),
+        "overwrite": ENDINGS["overwrite"],
         **OVERRIDES,
     },
 )

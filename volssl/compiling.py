@@ -10,7 +10,8 @@ import torch
 
 from volssl.files import BadInput
 
-Compile = Literal["auto", "off", "on"]
+# YAML reads the bare words on and off as True and False.
+Compile = Literal["auto", "off", "views", "on", True, False]
 STEPS = 2000  # below this a compilation of about a minute costs more than it saves
 
 
@@ -31,20 +32,30 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 def speed_up(method: Any, asked: Compile, *, device: torch.device, steps: int) -> None:
     """Compile parts of `method` in place; results agree up to rounding, and a resumed run must ask for the same.
 
-    Args: asked: "on" compiles the views' resampling and the network; "auto" only the resampling, on a CPU, for runs of 2000 `steps` or
-        more, and says so where it cannot; "off" nothing.
-    Raises: BadInput: "on" where nothing can be compiled.
+    Args: asked: "views" compiles the views' resampling, "on" also the network, "off" nothing; "auto" the views' on a CPU for runs of
+        2000 `steps` or more, and says so where it cannot.
+    Raises: BadInput: "views" or "on" where nothing can be compiled.
     """
-    if asked == "off" or (asked == "auto" and (device.type != "cpu" or steps < STEPS)):
+    what = resolved(asked, device=device, steps=steps)
+    if what == "off":
         return
     if why := trouble(device.type):
         kind = "a C++ compiler" if device.type == "cpu" else "Triton"
         text = f"training.compile: needs {kind} that works; found: {why}; install it (on Debian g++ and python3-dev)"
-        if asked == "on":
+        if asked != "auto":
             raise BadInput(f"{text}, or set training.compile=off")
         warnings.warn(f"{text}; the views are made uncompiled, which is slower and otherwise the same")
         return
     method.compile_views()
-    if asked == "on":
+    if what == "on":
         # In place, so that the names of the weights stay; globals and sub-crops have a graph each.
         method.net.compile()
+
+
+def resolved(asked: Compile, *, device: torch.device, steps: int) -> Compile:
+    """What "auto" stands for, and YAML's True and False."""
+    if isinstance(asked, bool):
+        return "on" if asked else "off"
+    if asked != "auto":
+        return asked
+    return "views" if device.type == "cpu" and steps >= STEPS else "off"

@@ -74,7 +74,7 @@ def check_out(out: Path, *, resume: bool | None = None, overwrite: bool | None =
         raise BadInput(f"--overwrite {out}: would delete the input {lost[0]}; choose another --out")
 
 
-MARKS = ("recipe.yaml", "store.json", "index.csv", "summary.json", "environment.json", "demo.json", "cases.csv", "card.json")
+MARKS = ("recipe.yaml", "store.json", "index.csv", "summary.json", "environment.json", "demo.json", "cases.csv", "card.json", "bench.json")
 
 
 def _empty(folder: Path) -> None:

@@ -45,7 +45,7 @@ def run(
     values = recipes.load(recipe, overrides, verb="pretrain")
     made = recipes.parse(values, PARTS, str(recipe))
     opened = Store.open(Path(store))
-    method = _method(made)
+    method = method_of(made)
     method.check(made["patches"].box_vox, made["patches"].batch_size * world_size())
     training = made["training"]
     PatchStream(opened, made["patches"], source=Source(seed=training.seed), steps=1)
@@ -75,7 +75,8 @@ def run(
     return Outcome(out, message=f"{training.steps} steps done; weights in bundle/")
 
 
-def _method(made: dict[str, Any]) -> AbstractMethod:
+def method_of(made: dict[str, Any]) -> AbstractMethod:
+    """The method and its network as a recipe's parts say."""
     # The first weights depend on the seed alone, whatever ran in this process before.
     with torch.random.fork_rng():
         torch.manual_seed(made["training"].seed)
@@ -96,23 +97,16 @@ def _same_recipe(out: Path, values: dict[str, Any], *, resume: bool) -> None:
 
 def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Journal, stop: StopSignal) -> None:
     """The training loop: views, then per turn backward and step, then what is due is written."""
-    training, method, fabric = current.training, current.method, current.fabric
+    training, fabric = current.training, current.fabric
     per_step = training.accumulate
     batches = iter(stream_of(current, "patches", "train", steps=training.steps * per_step, first=current.steps_done * per_step))
     clock = Clock()
     earlier: Terms | None = None
     remaining = range(current.steps_done, training.steps)
     for step in track(remaining, total=training.steps, label="pretrain", start=current.steps_done):
-        progress = step / training.steps
-        lr = training.lr * warmup_cosine((step + 1) / training.steps, warmup=training.warmup)
         with clock.waiting():
             patches = [next(batches) for _ in range(per_step)]
-        views = [views_of(current, batch, step * per_step + i) for i, batch in enumerate(patches)]
-        sums: dict[str, Tensor] = {}
-        for party, losses in _turns(current, views, progress):
-            sums |= losses | {f"grad_norm/{party}": _step(current, party, lr)}
-        method.after_step(progress)
-        current.steps_done = step + 1
+        views, sums = play(current, patches, step)
         scans = [scan for batch in patches for scan in batch.scan_ids]
         clock.samples += len(scans)
         terms = Terms(sums, step=step, scans=scans, forgiven=sums if scaler_of(fabric) else ())
@@ -120,12 +114,30 @@ def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Jour
             earlier.read()
         earlier = terms
         if saving.due(current.steps_done) or current.steps_done == training.steps or checkpoints.due(current.steps_done):
-            _write_what_is_due(current, saving, checkpoints, journal, numbers=terms.read() | {"lr": lr}, clock=clock, views=views[0])
+            numbers = terms.read() | {"lr": lr_of(training, step)}
+            _write_what_is_due(current, saving, checkpoints, journal, numbers=numbers, clock=clock, views=views[0])
         if processes.mean(float(stop.asked), fabric.device) > 0:
             break
     if earlier is not None:
         earlier.read()
     checkpoints.save(current.state())
+
+
+def play(current: Run, patches: list[Any], step: int) -> tuple[list[Any], dict[str, Tensor]]:
+    """One step on its batches: views, then per turn backward and step. Returns the views and the terms, which nobody has waited for."""
+    training = current.training
+    views = [views_of(current, batch, step * training.accumulate + i) for i, batch in enumerate(patches)]
+    sums: dict[str, Tensor] = {}
+    for party, losses in _turns(current, views, step / training.steps):
+        sums |= losses | {f"grad_norm/{party}": _step(current, party, lr_of(training, step))}
+    current.method.after_step(step / training.steps)
+    current.steps_done = step + 1
+    return views, sums
+
+
+def lr_of(training: Training, step: int) -> float:
+    """Learning rate of a step: warm-up, then cosine."""
+    return training.lr * warmup_cosine((step + 1) / training.steps, warmup=training.warmup)
 
 
 def _turns(current: Run, views: list[Any], progress: float) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -88,7 +88,7 @@ class PairCrops:
             source = generator(draws.seed, draws.stream, draws.step, draws.first_sample + b)
             pair_223 = self._pair_of_tissue(source, parent_3, body_BXYZ[b], int(np.prod(out_vox)))
             pair_B223.append(pair_223)
-            locals_BL23.append([self._local(source, pair_223, parent_3) for _ in range(self.locals)])
+            locals_BL23.append(self._locals(source, pair_223, parent_3))
         pair = torch.from_numpy(np.array(pair_B223, dtype=np.float32))
         local = torch.from_numpy(np.array(locals_BL23, dtype=np.float32))
         boxes = [Box(local[:, i, 0], local[:, i, 1]) for i in range(self.locals)]
@@ -98,7 +98,10 @@ class PairCrops:
         # Share of body in blocks of 4 voxels: fine enough for a share of a crop, and small enough to bring to the host.
         if self.tissue.rule == "none":
             return [None] * len(x_BCXYZ)
-        return list(body_share(x_BCXYZ[:, 0] >= self.tissue.level).cpu().numpy())
+        if x_BCXYZ.device.type != "cpu":
+            return list(body_share(x_BCXYZ[:, 0] >= self.tissue.level).cpu().numpy())
+        # One after another the volumes stay in the cache.
+        return [body_share(x_1XYZ >= self.tissue.level)[0].numpy() for x_1XYZ in x_BCXYZ[:, :1]]
 
     def _pair_of_tissue(
         self, source: np.random.Generator, parent_3: np.ndarray, body_XYZ: np.ndarray | None, out_voxels: int
@@ -141,16 +144,16 @@ class PairCrops:
             f"{tuple(parent_3.tolist())} voxels; lower min_overlap or make patches.box_vox smaller"
         )
 
-    def _local(self, source: np.random.Generator, pair_223: np.ndarray, parent_3: np.ndarray) -> np.ndarray:
+    def _locals(self, source: np.random.Generator, pair_223: np.ndarray, parent_3: np.ndarray) -> np.ndarray:
         low_3, high_3 = pair_223[:, 0].min(0), (pair_223[:, 0] + pair_223[:, 1]).max(0)
         if self.local_region == "anywhere":
             low_3, high_3 = np.zeros_like(low_3), parent_3
-        size_3 = np.minimum(self.local_sizes_vox[source.integers(len(self.local_sizes_vox))], high_3 - low_3)
+        size_L3 = np.minimum(np.array(self.local_sizes_vox)[source.integers(len(self.local_sizes_vox), size=self.locals)], high_3 - low_3)
         if self.local_region == "corner":
             # What sticks out of the parent is filled as air, where the reference cut it off and stretched the rest.
             first_3, last_3 = np.maximum(low_3 - 3, 0), np.minimum(high_3 + 3, parent_3)
-            return np.stack([source.integers(first_3, last_3), size_3])
-        return np.stack([low_3 + source.integers(high_3 - low_3 - size_3 + 1), size_3])
+            return np.stack([source.integers(first_3, last_3, size=size_L3.shape), size_L3], axis=1)
+        return np.stack([low_3 + source.integers(high_3 - low_3 - size_L3 + 1), size_L3], axis=1)
 
 
 def overlap(start_N3: np.ndarray, size_N3: np.ndarray, other_start_N3: np.ndarray, other_size_N3: np.ndarray) -> np.ndarray:
@@ -164,7 +167,9 @@ def overlap(start_N3: np.ndarray, size_N3: np.ndarray, other_start_N3: np.ndarra
 def body_share(body_BXYZ: Tensor) -> Tensor:
     """Share of True in blocks of 4x4x4 voxels (fewer at the far ends): (B, X, Y, Z) -> float32 (B, X / 4, Y / 4, Z / 4), rounded up."""
     # Bytes hold a block's 64 voxels; sums of slices are several times as fast as a pooling of floats.
-    count = F.pad(body_BXYZ.to(torch.uint8), [v for n in body_BXYZ.shape[:0:-1] for v in (0, -n % BLOCK)])
+    count = body_BXYZ.view(torch.uint8)
+    if any(side % BLOCK for side in body_BXYZ.shape[1:]):
+        count = F.pad(count, [v for side in body_BXYZ.shape[:0:-1] for v in (0, -side % BLOCK)])
     voxels = torch.ones((), device=body_BXYZ.device)
     for axis, side in enumerate(body_BXYZ.shape[1:], 1):
         index = [slice(None)] * 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from volssl.files import BadInput
-from volssl.nets.blocks import ConvBlock, Norm, UpBlock
+from volssl.nets.blocks import ConvBlock, Norm, UpBlock, halved
 from volssl.nets.sides import check_sides, triple
 
 RECIPE_NAME = "UNet"
@@ -33,7 +33,6 @@ class UNetEncoder(nn.Module):
             levels.append(nn.Sequential(ConvBlock(incoming, out // 2, norm=norm), ConvBlock(out // 2, out, norm=norm)))
             incoming = out
         self.levels = nn.ModuleList(levels)
-        self.pool = nn.MaxPool3d(2)
 
     def forward(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """(B, C, X, Y, Z) -> the feature maps of all levels, finest first.
@@ -43,7 +42,7 @@ class UNetEncoder(nn.Module):
         check_sides(x_BCXYZ, self.strides[-1], norm=self.norm)
         features: list[Tensor] = []
         for level in self.levels:
-            x_BCXYZ = level(self.pool(features[-1]) if features else x_BCXYZ)
+            x_BCXYZ = level(halved(features[-1]) if features else x_BCXYZ)
             features.append(x_BCXYZ)
         return features
 

@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 import volssl
-from volssl.__main__ import VERBS, app, call, run_verb, share_or_count, verb_function
+from volssl.__main__ import VERBS, app, call, main, run_verb, share_or_count, verb_function
 from volssl.files import BadInput, Outcome
 
 HEAVY = ["torch", "numpy", "lightning", "monai", "scipy", "yaml", "SimpleITK", "nibabel", "pydicom", "matplotlib"]
@@ -139,13 +139,43 @@ def test_what_the_user_can_mend_is_one_line_and_exit_2(verb, capsys, error, line
 
 
 @pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EIO, "Input/output error"), AssertionError()])
-def test_a_bug_keeps_its_traceback(verb, error):
+def test_a_bug_keeps_its_type_from_python(verb, error):
     def fail():
         raise error
 
     verb(fail)
     with pytest.raises(type(error)):
         run_verb("report", {})
+
+
+def test_a_bug_is_told_by_place_and_type_without_its_text(verb, capsys, monkeypatch):
+    name = "Quill" + "feather"  # the line of code is shown
+
+    def fail(**options):
+        raise ValueError(f"could not convert string to float: {name}")
+
+    verb(fail)
+    monkeypatch.setattr("sys.argv", ["volssl", "index", "archive", "--out", "index"])
+    monkeypatch.delenv("VOLSSL_WHOLE_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr().err
+    assert name not in said
+    assert "in fail" in said and "ValueError: its text may quote patients' data" in said
+    monkeypatch.setenv("VOLSSL_WHOLE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="Quillfeather"):
+        main()
+
+
+def test_a_file_found_in_an_archive_is_not_named(verb, capsys):
+    def fail(archives, out):
+        raise PermissionError(errno.EACCES, "Permission denied", "in/Quillfeather/1.dcm")
+
+    verb(fail)
+    assert run_verb("report", {"archives": [Path("in")], "out": "o"}) == 2
+    assert capsys.readouterr().err == "volssl report: a file in in: Permission denied\n"
+    assert run_verb("report", {"archives": [Path("in/Quillfeather/1.dcm")], "out": "o"}) == 2
+    assert capsys.readouterr().err == "volssl report: in/Quillfeather/1.dcm: Permission denied\n"
 
 
 def test_a_traceback_shows_no_local_variables():

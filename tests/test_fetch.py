@@ -80,6 +80,13 @@ def test_what_lies_there_arrives_and_is_indexed(pacs, source, tmp_path):
     assert [(row.verdict, row.num_slices) for row in rows] == [("accept", SLICES)] * 3
 
 
+def test_the_key_of_the_archive_gives_the_index_the_same_names(pacs, tmp_path):
+    out = get(pacs, tmp_path / "archive").out
+    index.build([out], out=tmp_path / "index", gates=index.Gates(key=out / "private" / "key"))
+    names = sorted(path.name for path in (out / "series").iterdir())
+    assert [row.scan_id for row in index.load(tmp_path / "index").rows] == names
+
+
 def test_the_archive_is_closed_to_others_and_named_by_pseudonyms(pacs, tmp_path):
     out = get(pacs, tmp_path / "archive", "PatientID=Quillfeather-1").out
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
@@ -124,10 +131,10 @@ def test_a_killed_run_is_taken_up_again(pacs, tmp_path):
     whole = get(pacs, tmp_path / "whole").out
     command = [sys.executable, "-m", "volssl", "fetch", "--dicomweb", pacs, "--query", "Modality=CT", "--out", str(tmp_path / "cut")]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(tmp_path.glob("cut/series/*/*.dcm"))) < 4:
+        while process.poll() is None and len(list(tmp_path.glob("cut/series/*/[!.]*.dcm"))) < 4:
             pass
         process.kill()
-    left = list(tmp_path.glob("cut/series/*/*.dcm"))
+    left = list(tmp_path.glob("cut/series/*/[!.]*.dcm"))
     assert len(left) >= 4
     assert all(pydicom.dcmread(path).PixelData for path in left)
     get(pacs, tmp_path / "cut", resume=True)

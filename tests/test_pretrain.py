@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from volssl import pretrain, running
+from volssl.__main__ import run_verb
 from volssl.checkpoints import NotFinite
 from volssl.export.bundle import load_encoder
 from volssl.files import BadInput, write_json
@@ -185,6 +186,54 @@ def test_bad_input_before_step_0(tiny_store, whole, tmp_path):
         train(tiny_store, whole)
     with pytest.raises(BadInput, match="found other values under training"):
         train(tiny_store, whole, "training.lr=0.5", resume=True)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        (["patches.box_vox=[18, 24, 24]"], ["method.crops: global_sizes_vox", "(18, 24, 24)", "enlarge patches.box_vox"]),
+        (["method.out_vox=[[16, 18, 16], [8, 8, 8]]"], ["method.out_vox: global", "found (16, 18, 16)"]),
+        (["method.out_vox=[[16, 16, 16], [8, 6, 8]]"], ["method.out_vox: sub-crop", "found (8, 6, 8)"]),
+        (["method.crops.min_overlap=1.0"], ["min_overlap: some pair of sizes must be able to exceed 1.0", "at most 1.000", "lower it"]),
+        (["patches.batch_size=1"], ["patches.batch_size", "at least 2 samples", "found 1", "method.comparison.norm"]),
+        (["method.comparison.decoder_scales=[2]"], ["decoder_scales", "0 (coarsest) to 1", "found (2,)"]),
+        (
+            [
+                "patches.box_vox=[18, 24, 24]",
+                "method.crops.min_overlap=1.0",
+                "method.out_vox=[[18, 16, 16], [6, 8, 8]]",
+                "patches.batch_size=1",
+            ],
+            ["global_sizes_vox", "min_overlap", "method.out_vox: global", "method.out_vox: sub-crop", "patches.batch_size"],
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_the_command_before_step_0(tiny_store, tmp_path, capsys, settings, told):
+    out = tmp_path / "run"
+    flags = {"recipe": "pcrlv2", "store": tiny_store, "out": out, "overrides": [*TINY, *settings]}
+    assert run_verb("pretrain", flags) == 2
+    message = capsys.readouterr().err
+    for part in told:
+        assert part in message, message
+    assert "Traceback" not in message and not out.exists()
+
+
+def test_a_nan_between_log_lines_is_found_before_anything_is_written(tiny_store, tmp_path, monkeypatch):
+    # Losses are read while the next step runs: the step that is named, and the checkpoint that is left, must be the right ones.
+    original, calls = running.to_unit, []
+
+    def poisoned(boxes, window, device):
+        calls.append(1)
+        x = original(boxes, window, device)
+        return x * float("nan") if len(calls) == 4 else x
+
+    monkeypatch.setattr(running, "to_unit", poisoned)
+    seldom = ["log_every=100", "validate_every=100", "pictures_every=100", "health_every=0", "probe_every=0", "checkpoint_every=3"]
+    with pytest.raises(NotFinite, match=r"step 3: .*compare_locals = nan.* on scans S\d"):
+        train(tiny_store, tmp_path / "run", *(f"saving.{key}" for key in seldom))
+    left = state(tmp_path / "run")
+    assert left["steps_done"] == 3
+    assert all(torch.isfinite(value).all() for value in left["method"].values())
 
 
 def test_a_store_of_another_version_is_refused(tmp_path):

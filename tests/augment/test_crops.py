@@ -56,6 +56,14 @@ def test_impossible_plans_are_refused():
         PairCrops(global_sizes_vox=((8, 8, 8),), min_overlap=1.0).check((32, 32, 32))
 
 
+def test_all_that_cannot_work_is_told_at_once():
+    with pytest.raises(BadInput) as caught:
+        PairCrops(global_sizes_vox=((40, 8, 8), (8, 8, 8)), min_overlap=1.0).check((32, 32, 32))
+    assert "must fit into the box" in str(caught.value) and "found at most 1.000" in str(caught.value)
+    with pytest.raises(BadInput, match=r"no pair of global boxes overlapped enough in 12800 draws"):
+        PairCrops(global_sizes_vox=((24, 24, 24),), min_overlap=0.999, room=(4, 4, 4)).check((128, 128, 128))
+
+
 def inside_share(region, batch=300):
     one, other, local_boxes = sample(PairCrops(local_region=region), batch)
     low = torch.minimum(one.start_B3, other.start_B3)

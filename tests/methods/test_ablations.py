@@ -1,4 +1,4 @@
-"""The ablations of docs/pretrain.md: each setting, given as a recipe would give it, does what the table says."""
+"""The ablations of docs/pcrlv2.md: each setting, given as a recipe would give it, does what the table says."""
 
 import pytest
 import torch

@@ -64,15 +64,20 @@ class PairCrops:
     tissue: Tissue = Tissue()
 
     def check(self, parent_vox: Size) -> None:
-        """Raises: BadInput: if a size does not fit into the parent box, or no pair of sizes can reach the overlap."""
+        """Raises: BadInput: all that cannot work: a size that does not fit into the parent box, an overlap that no pair of sizes can reach,
+        or that hardly any pair drawn in this parent reaches."""
+        faults = []
         too_big = [size for size in self.global_sizes_vox if any(s > p for s, p in zip(size, parent_vox, strict=True))]
         if too_big:
-            raise BadInput(
+            faults.append(
                 f"global_sizes_vox: every size must fit into the box of {parent_vox} voxels; found {too_big}; enlarge patches.box_vox"
             )
         if not self.pairs():
             best = max(_best_overlap(a, b) for a in self.global_sizes_vox for b in self.global_sizes_vox)
-            raise BadInput(f"min_overlap: some pair of sizes must be able to exceed {self.min_overlap}; found at most {best:.3f}; lower it")
+            faults.append(f"min_overlap: some pair of sizes must be able to exceed {self.min_overlap}; found at most {best:.3f}; lower it")
+        if faults:
+            raise BadInput("; ".join(faults))
+        self._pair(generator(0, "check"), np.array(parent_vox))
 
     def pairs(self) -> list[tuple[Size, Size]]:
         """Ordered pairs of sizes that can overlap enough."""

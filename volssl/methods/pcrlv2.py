@@ -26,7 +26,7 @@ from volssl.files import BadInput
 from volssl.losses import siamese_distance
 from volssl.methods.method import AbstractMethod, Glance, Turn, middle
 from volssl.nets.blocks import Norm
-from volssl.nets.heads import ComparisonHead, MidRestorationHead, RestorationHead
+from volssl.nets.heads import ComparisonHead, MidRestorationHead, RestorationHead, precise
 from volssl.nets.sides import side_fault
 from volssl.schedule import cosine
 
@@ -226,7 +226,7 @@ class PCRLv2(AbstractMethod):
         """L_final and beta L_mid, over the views that are restored."""
         losses = {}
         sides = {"first": 1, "both": 2, "none": 0}[self.restoration.views]
-        pairs = [(of_view, view.target.float()) for of_view, view in zip(maps, (views.one, views.other), strict=False)][:sides]
+        pairs = [(of_view, precise(view.target)) for of_view, view in zip(maps, (views.one, views.other), strict=False)][:sides]
         if pairs and self.restoration.final:
             losses["restore"] = torch.stack([F.mse_loss(self._final(of_view), target) for of_view, target in pairs]).sum()
         if pairs:
@@ -237,7 +237,7 @@ class PCRLv2(AbstractMethod):
 
     def _final(self, maps: list[Tensor]) -> Tensor:
         assert self.final_head is not None, "restoration.final is off"
-        return torch.sigmoid(self.final_head(maps[-1]).float())
+        return torch.sigmoid(precise(self.final_head(maps[-1])))
 
     def _mid(self, maps: list[Tensor], scale: int) -> Tensor:
         return self.mid_heads[str(scale)](maps[scale], self.global_vox)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +12,11 @@ from volssl.nets.blocks import Norm, make_norm
 from volssl.processes import BatchNorm1d
 
 RestorationHead = Literal["sigmoid", "conv"]
+
+
+def precise(x: Tensor) -> Tensor:
+    """In float32 at least: what losses are taken of. A test may ask for more."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class ComparisonHead(nn.Module):
@@ -31,9 +37,9 @@ class ComparisonHead(nn.Module):
 
     def forward(self, map_BCXYZ: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, X, Y, Z) -> z (B, C) and p (B, C), float32."""
-        pooled_BC = map_BCXYZ.float().mean((2, 3, 4))
+        pooled_BC = precise(map_BCXYZ).mean((2, 3, 4))
         z_BC = self.projector(pooled_BC)
-        return z_BC, self.predictor(z_BC).float()
+        return z_BC, precise(self.predictor(z_BC))
 
 
 def _vector_norm(norm: Norm, channels: int) -> nn.Module:
@@ -66,7 +72,7 @@ class MidRestorationHead(nn.Module):
 
     def forward(self, map_BCXYZ: Tensor, size: tuple[int, int, int]) -> Tensor:
         """(B, C, x, y, z) -> (B, 1, *size), float32."""
-        return F.interpolate(self.layers(map_BCXYZ).float(), size=size, mode="trilinear", align_corners=False)
+        return F.interpolate(precise(self.layers(map_BCXYZ)), size=size, mode="trilinear", align_corners=False)
 
 
 class SegmentationNet(nn.Module):

@@ -35,19 +35,27 @@ tio: Any = torchio  # its lazy imports are unknown to a type checker
 GLOBALS, LOCALS = 2, 6
 
 
-def torchio_views(globals_: Tensor, locals_: Tensor) -> Callable[[], list[Tensor]]:
-    """The reference: views of crops (N, 1, X, Y, Z), one at a time."""
+def torchio_chain() -> tuple[Callable[[Any], list[Tensor]], Callable[[Any], Tensor]]:
+    """The reference's chain for one image: of a global its target and what is seen, of a sub-crop what is seen."""
     geometry = tio.Compose([tio.RandomFlip(axes=0, flip_probability=0.5), tio.RandomAffine(scales=0.1, degrees=10)])
     corrupt = tio.Compose([tio.RandomBlur((0, 2)), tio.RandomNoise(0, (0, 0.25)), tio.RandomGamma((-0.3, 0.3))])
     swap, zscore = tio.RandomSwap(patch_size=(8, 4, 4), num_iterations=100), tio.ZNormalization()
 
+    def of_global(crop: Any) -> list[Tensor]:
+        turned = geometry(crop)
+        target = copy.deepcopy(turned)
+        return [target.data, zscore(swap(corrupt(turned))).data]
+
+    return of_global, lambda crop: zscore(corrupt(geometry(crop))).data
+
+
+def torchio_views(globals_: Tensor, locals_: Tensor) -> Callable[[], list[Tensor]]:
+    """The reference: views of crops (N, 1, X, Y, Z), one at a time."""
+    of_global, of_local = torchio_chain()
+
     def run() -> list[Tensor]:
-        made = []
-        for crop in globals_:
-            turned = geometry(tio.ScalarImage(tensor=crop))
-            target = copy.deepcopy(turned)
-            made += [target.data, zscore(swap(corrupt(turned))).data]
-        return made + [zscore(corrupt(geometry(tio.ScalarImage(tensor=crop)))).data for crop in locals_]
+        made = [view for crop in globals_ for view in of_global(tio.ScalarImage(tensor=crop))]
+        return made + [of_local(tio.ScalarImage(tensor=crop)) for crop in locals_]
 
     return run
 

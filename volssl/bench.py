@@ -144,13 +144,13 @@ def sentence(figures: dict[str, Any]) -> str:
     )
 
 
-def synthetic_store(path: Path, box_vox: tuple[int, int, int]) -> Store:
-    """A store of a few torso-like scans somewhat larger than a box, with the noise of a scanner: it compresses as scans do."""
+def synthetic_store(path: Path, box_vox: tuple[int, int, int], *, scans: int = SCANS, shape: tuple[int, int, int] | None = None) -> Store:
+    """A store of torso-like scans, a bit larger than a box if no shape is given, with a scanner's noise: they compress as scans do."""
     made = Store.create(path, About((1.0, 1.0, 1.0), "CT", (-1000.0, 1000.0), (-1024.0, 3071.0), recipe={}))
-    shape = (box_vox[0] * 3 // 2, box_vox[1] * 3 // 2, box_vox[2] * 3 // 2)
+    shape = shape or (box_vox[0] * 3 // 2, box_vox[1] * 3 // 2, box_vox[2] * 3 // 2)
     affine = tuple(float(v) for v in np.eye(4).ravel())
     entries = []
-    for number in range(SCANS):
+    for number in range(scans):
         name = f"S{number}"
         entries.append(Entry(name, name, "CT", "train", 1, shape, (0, 0, 0), shape, affine, shape, affine, (1.0, 0.0), "synthetic"))
         made.write(_torso(number, shape)[None], entries[-1])

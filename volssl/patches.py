@@ -105,7 +105,8 @@ class PatchStream(Dataset[Patches]):
         for _ in range(self.plan.attempts):
             corner = [_corner(draws, room - side) for room, side in zip(row.shape_vox, self.plan.box_vox, strict=True)]
             box = self.store.read_box(row.scan_id, corner, self.plan.box_vox)
-            share = float((box > self._body_level).mean())
+            # A count of bytes is several times as fast as their mean, and none is needed where any box will do.
+            share = np.count_nonzero(box > self._body_level) / box.size if self.plan.min_body > 0 else 0.0
             if share > best_share:
                 best_share, best = share, (box, corner)
             if share >= self.plan.min_body:

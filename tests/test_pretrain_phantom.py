@@ -25,7 +25,7 @@ SETTINGS = [
     "saving={log_every: 100, pictures_every: 300, validate_every: 300, validation_batches: 1, checkpoint_every: 300, "
     "health_every: 300, health_patches: 64, probe_every: 300, probe_patches: 128}",
 ]
-WITH = ["method.comparison.globals=0.3", "method.comparison.locals=0.3"]
+WITH = ["method.comparison.globals=0.1", "method.comparison.locals=0.1"]
 WITHOUT_COMPARISON = ["method.comparison.globals=0", "method.comparison.locals=0"]
 # Without restoration there is nothing to measure after any number of steps; a few show that such a run goes through.
 WITHOUT_RESTORATION = [*WITH, "method.restoration.views=none", "training.steps=20"]
@@ -75,21 +75,23 @@ def restores(last):
 @pytest.mark.slow
 def test_it_learns(figures):
     first, last = figures("with", WITH)
-    assert restores(last) > 1.5
+    assert restores(last) > 2.0
     for scale in ("scale0", "scale1"):
         assert last[f"std_{scale}"] > 4 * STD_LOW and last[f"rank_share_{scale}"] > 1.5 * RANK_SHARE_LOW
     assert last["dead_channels"] < 0.1
-    assert last["probe_r2_mean"] > first["probe_r2_mean"] + 0.02, "the trained encoder knows better where it is than the untrained one"
+    assert last["probe_r2_mean"] > first["probe_r2_mean"] + 0.05, "the trained encoder knows better where it is than the untrained one"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, settings, figure, margin",
-    [
-        ("without comparison", WITHOUT_COMPARISON, lambda last: min(last["alignment_scale0"], last["alignment_scale1"]), 0.03),
-        ("without restoration", WITHOUT_RESTORATION, restores, 1.5),
-    ],
-)
-def test_a_part_switched_off_is_missed_in_its_own_figure(figures, name, settings, figure, margin):
-    whole, without = figures("with", WITH)[1], figures(name, settings)[1]
-    assert figure(whole) > figure(without) + margin
+def test_without_comparison_the_views_of_a_patch_are_less_alike(figures):
+    with_it, without = figures("with", WITH)[1], figures("without comparison", WITHOUT_COMPARISON)[1]
+
+    def mean(last):
+        return (last["alignment_scale0"] + last["alignment_scale1"]) / 2
+
+    assert mean(with_it) > mean(without) + 0.05
+
+
+@pytest.mark.slow
+def test_without_restoration_nothing_is_restored(figures):
+    assert restores(figures("with", WITH)[1]) > restores(figures("without restoration", WITHOUT_RESTORATION)[1]) + 2.0

@@ -133,7 +133,7 @@ class Range:
 
 # Bounds with a source are the source's; the others were chosen by this project, well outside of what its own runs on phantoms showed
 # (docs/pretrain.md lists them). The rank is judged as a share of the most it could be, min(N, D).
-STD_LOW = 0.05
+STD_LOW = 0.02
 RANK_SHARE_LOW = 0.1
 ALIGNMENT_LOW = 0.05
 DEAD_HIGH = 0.5

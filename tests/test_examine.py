@@ -46,3 +46,18 @@ def test_files_of_one_folder_and_grid_share_a_place(tmp_path, phantom):
         archive.write_nifti(tmp_path / folder / f"{number}.nii.gz", body_phantom(seed=number), grid, np.int16)
     one, two, three = (examine_file(Gates(), path)[0].place for path in sorted(tmp_path.rglob("*.gz")))
     assert one == two != three
+
+
+def test_what_nobody_foresaw_costs_one_series_and_tells_no_text(tmp_path, phantom, monkeypatch, caplog):
+    tags = {"PatientID": "J", "StudyInstanceUID": "2.25.1", "SeriesInstanceUID": "2.25.2"}
+    write_dicom_series(tmp_path, *phantom, tags=tags)
+
+    def odd(*args, **kwargs):
+        raise KeyError("Doe^Jane")
+
+    monkeypatch.setattr(examine, "stacks_of", odd)
+    (facts,) = examine.examined(Gates(), [dicom.header(path) for path in sorted(tmp_path.iterdir())])
+    assert facts.failure == "unexpected_error"
+    assert len(facts.source.files) == 12
+    assert "KeyError at test_examine.py" in caplog.text
+    assert "Doe" not in caplog.text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +27,7 @@ COMPUTED = set(
     "MIP MINIP MPR CPR PROJECTION VRT SSD 3D VOLREN RENDERED SCREENSHOT SCREEN CAPTURE REPORT POSDISP COLLAGE SUBTRACTION SUB PERFUSION "
     "ADC EADC FA TRACEW TENSOR TTP CBF CBV MTT RCBV RCBF PHASE VELOCITY T1_MAP T2_MAP T2_STAR_MAP FIELD_MAP".split()
 ) | {"PROJECTION IMAGE", "VOLUME RENDER", "DOSE_INFO", "T1 MAP", "T2 MAP", "PHASE MAP"}
+FARTHEST_MM = 1e6
 AIR_HU = -200  # a CT whose bits cannot hold this or less is not in HU
 
 # pydicom quotes header values when it finds them odd: patients' data, which no log may hold.
@@ -116,6 +119,19 @@ KINDS = {
 }
 
 
+class WithinFile(io.BufferedReader):
+    """A file from which no more is asked than it holds: a parser that trusts a declared length takes memory for it first."""
+
+    def __init__(self, path: Path | str, mode: str = "rb") -> None:
+        super().__init__(io.FileIO(str(path), mode.replace("b", "")))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file."""
+        left = max(0, self._size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def is_dicom(path: Path) -> bool:
     """Whether the file begins like DICOM, with or without preamble; extensions say nothing. Raises: OSError."""
     with open(path, "rb", buffering=0) as stream:
@@ -145,7 +161,8 @@ def _by_pydicom(path: Path) -> Header:
     keywords = [keyword for keyword, _ in headers.TAGS.values()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these quote header values as well
-        data = pydicom.dcmread(path, force=True, defer_size=1024, specific_tags=[*keywords, "PixelData"])
+        with WithinFile(path) as stream:
+            data = pydicom.dcmread(stream, force=True, defer_size=1024, specific_tags=[*keywords, "PixelData"])
         values = {keyword: value for keyword in keywords if (value := general_value(data.get(keyword)))}
     syntax = str(data.file_meta.get("TransferSyntaxUID", "")) if hasattr(data, "file_meta") else ""
     pixels = None
@@ -198,9 +215,9 @@ def _slice(path: Path, found: Header) -> Slice:
         body_part=text("BodyPartExamined").upper(),
         vendor=text("Manufacturer"),
         shape=(int(number("Rows", 0)), int(number("Columns", 0))),
-        spacing=_numbers(values, "PixelSpacing"),
-        position=_numbers(values, "ImagePositionPatient"),
-        axes=_numbers(values, "ImageOrientationPatient"),
+        spacing=_numbers(values.get("PixelSpacing", ())),
+        position=_numbers(values.get("ImagePositionPatient", ())),
+        axes=_numbers(values.get("ImageOrientationPatient", ())),
         kind=tuple((name, text(keyword)) for name, keyword in KINDS.items() if keyword in values),
         pixels=pixels,
         faults=tuple(_faults(path, found, pixels)),
@@ -208,9 +225,10 @@ def _slice(path: Path, found: Header) -> Slice:
     )
 
 
-def _numbers(values: Values, keyword: str) -> tuple[float, ...]:
-    found = tuple(float(value) for value in values.get(keyword, ()))
-    return found if all(map(np.isfinite, found)) else ()
+def _numbers(found: tuple[Any, ...]) -> tuple[float, ...]:
+    # Lengths and directions; none if one of them is out of this world. Raises: ValueError: text.
+    numbers = tuple(map(float, found))
+    return numbers if all(abs(number) < FARTHEST_MM for number in numbers) else ()
 
 
 def _faults(path: Path, found: Header, pixels: Pixels) -> Iterator[str]:
@@ -282,7 +300,8 @@ def frames_of(one: Slice) -> list[Slice]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data = pydicom.dcmread(one.path, force=True, defer_size=1024, specific_tags=wanted)
+            with WithinFile(one.path) as stream:
+                data = pydicom.dcmread(stream, force=True, specific_tags=wanted)
             shared = (data.get(wanted[0]) or [pydicom.Dataset()])[0]
             groups = list(data.get(wanted[1]) or [])
             if len(groups) != one.frames:
@@ -320,9 +339,9 @@ def _frame(one: Slice, number: int, groups: tuple[Any, Any]) -> Slice:
         number=number,
         frame=number,
         instance=f"{one.instance}.{number}",
-        spacing=of("PixelMeasuresSequence", "PixelSpacing") or one.spacing,
-        position=of("PlanePositionSequence", "ImagePositionPatient") or one.position,
-        axes=of("PlaneOrientationSequence", "ImageOrientationPatient") or one.axes,
+        spacing=_numbers(of("PixelMeasuresSequence", "PixelSpacing")) or one.spacing,
+        position=_numbers(of("PlanePositionSequence", "ImagePositionPatient")) or one.position,
+        axes=_numbers(of("PlaneOrientationSequence", "ImageOrientationPatient")) or one.axes,
         kind=tuple((name, "\\".join(map(str, value))) for name, value in kind.items() if value),
         pixels=pixels,
         faults=tuple(sorted(faults)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import logging
 import math
 import os
 import re
@@ -51,6 +52,10 @@ SPACES = {
     **dict.fromkeys(("right-anterior-superior", "ras"), (1, 1, 1)),
     **dict.fromkeys(("left-anterior-superior", "las"), (-1, 1, 1)),
 }
+
+
+# nibabel quotes header values when it finds them odd.
+logging.getLogger("nibabel").setLevel(logging.CRITICAL)
 
 
 def read_file(path: Path) -> Volume:

@@ -101,6 +101,8 @@ class _Bytes:
         return pos
 
     def value(self, at: int, length: int) -> bytes:
+        if at + length > self.size:  # asked before memory is taken for it
+            raise Odd("ends within a value")
         pos = at - self.base
         found = self.data[pos : pos + length] if pos >= 0 and pos + length <= len(self.data) else os.pread(self.handle, length, at)
         if len(found) < length:

@@ -16,7 +16,7 @@ from typing import Any
 
 from volssl import archive
 from volssl.dicom import Slice
-from volssl.examine import Facts, examine_file, examine_series
+from volssl.examine import Facts, examined
 from volssl.files import BadInput, Outcome, claim_out, track, write_csv, write_json
 from volssl.fingerprint import Print, twins
 from volssl.gates import Gates as Gates
@@ -58,13 +58,13 @@ def build(
         failed = {path: kind for path, kind in spool.others(("dicom", "file")) if kind not in archive.IGNORED}
         ignored = {path: kind for path, kind in spool.others(("dicom", "file")) if kind in archive.IGNORED}
         total = spool.count_series() + spool.count("file")
-        examined = _chained(over(partial(examine_series, gates), spool.series()), over(partial(examine_file, gates), spool.files("file")))
+        facts_of = over(partial(examined, gates), _chained(spool.series(), spool.files("file")))
         key, rows, prints, places = b"", [], [], {}
         roots = {Path(path).absolute() for path in archives}
         with SourcesFile(private) as sources:
-            for facts in (one for several in track(examined, total=total, label="index") for one in several):
+            for facts in (one for several in track(facts_of, total=total, label="index") for one in several):
                 if facts.failure:
-                    failed[facts.source.files[0]] = facts.failure
+                    failed |= dict.fromkeys(facts.source.files, facts.failure)
                     continue
                 key = key or claim_key(out, gates.key)
                 rows.append(_row(key, facts, gates))

@@ -19,7 +19,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import UID, SecondaryCaptureImageStorage
 
-from volssl.dicom import LPS_TO_RAS, Slice, Unreadable
+from volssl.dicom import LPS_TO_RAS, Slice, Unreadable, WithinFile
 from volssl.stacks import REPAIRS, Limits, Stack, measure
 from volssl.volume import Grid, Volume
 
@@ -61,7 +61,7 @@ def read_series(slices: Sequence[Slice], *, limits: Limits = Limits(min_slices=2
     first = slices[0]
     if {"not_an_image", "no_geometry"} & faults:
         return read_stack(Stack(tuple(slices), None, tuple(sorted(faults))))
-    if any(len(one.position) != 3 or len(one.axes) != 6 or len(one.spacing) != 2 or min(one.spacing) <= 0 for one in slices):
+    if any(len(one.position) != 3 or len(one.axes) != 6 or len(one.spacing) != 2 or min(one.spacing) < 1e-3 for one in slices):
         return read_stack(Stack(tuple(slices), None, ("no_geometry",)))
     for code, odd in {
         "mixed_size": any(one.shape != first.shape for one in slices),
@@ -158,7 +158,8 @@ def _decoded(one: Slice) -> np.ndarray:
         values = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path)))
         return values[0] if values.ndim == 3 and len(values) == 1 else values
     # One frame as a file of its own: so its own rescaling can be applied, and only it is decoded.
-    data = pydicom.dcmread(one.path, force=True, defer_size=1 << 16)
+    with WithinFile(one.path) as stream:
+        data = pydicom.dcmread(stream, force=True)
     frame = get_frame(data.PixelData, one.frame, number_of_frames=one.frames)
     single = pydicom.Dataset()
     single.file_meta = FileMetaDataset()

@@ -89,7 +89,7 @@ def _apart(slices: Sequence[Slice], what: Callable[[Slice], object], code: str) 
 
 
 def _placed(one: Slice) -> bool:
-    if len(one.position) != 3 or len(one.axes) != 6 or len(one.spacing) != 2 or min(one.spacing) <= 0 or min(one.shape) < 1:
+    if len(one.position) != 3 or len(one.axes) != 6 or len(one.spacing) != 2 or min(one.spacing) < 1e-3 or min(one.shape) < 1:
         return False
     row, column = np.array(one.axes[:3]), np.array(one.axes[3:])
     return bool(abs(row @ column) < 1e-3 and abs(row @ row - 1) < 2e-3 and abs(column @ column - 1) < 2e-3)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import volssl
 from volssl.__main__ import VERBS, app, call, main, run_verb, share_or_count, verb_function
+from volssl.complaints import is_withheld
 from volssl.files import BadInput, Outcome
 
 HEAVY = ["torch", "numpy", "lightning", "monai", "scipy", "yaml", "SimpleITK", "nibabel", "pydicom", "matplotlib"]
@@ -165,6 +166,10 @@ def test_a_bug_is_told_by_place_and_type_without_its_text(verb, capsys, monkeypa
     monkeypatch.setenv("VOLSSL_WHOLE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="Quillfeather"):
         main()
+
+
+def test_faults_of_verbs_that_read_no_archive_keep_their_text():
+    assert is_withheld("index") and not is_withheld("pretrain")
 
 
 def test_a_file_found_in_an_archive_is_not_named(verb, capsys):

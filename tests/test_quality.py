@@ -3,6 +3,7 @@
 import base64
 import re
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -291,6 +292,27 @@ def test_prepare_leaves_a_page_of_its_volumes(made, tmp_path):
     first = page.read_bytes()
     write_preview(outcome.out)
     assert page.read_bytes() == first
+
+
+def test_a_store_of_many_volumes_is_counted_row_by_row(made, tmp_path):
+    """The manifest is lengthened by copies of one row under other names: 20,000 volumes, of which the first few are drawn."""
+    store = prepare(made, out=tmp_path / "store").out
+    rows = read_csv(store / "manifest.csv")
+    more = [
+        rows[-1] | {"scan_id": f"T{n:05d}", "patient_id": f"P{n % 500}", "split": "val", "shape_vox": f"{n % 7 + 40} 60 80"}
+        for n in range(20_000)
+    ]
+    before = (store / "preview.html").stat().st_size
+    write_csv(store / "manifest.csv", rows + more, list(rows[0]))
+    tracemalloc.start()
+    write_preview(store, thumbnails=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    text = text_of(store / "preview.html")
+    assert "20,002 prepared volumes of" in text and re.search(r"2[,0-9]* held out \(val\)|20,00\d held out", text)
+    assert re.search(r"left to right 43 \(\d+ to 46\)", text)
+    assert (store / "preview.html").stat().st_size < before
+    assert peak < 8 << 20
 
 
 def test_what_could_not_be_prepared_is_explained(made, tmp_path):

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -16,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from volssl import __version__
+from volssl.complaints import complaint, fault, is_withheld
 from volssl.files import BadInput, Outcome
 
 VERBS = {
@@ -37,9 +37,6 @@ DONE, BAD_INPUT, SOME_FAILED, INTERRUPTED = 0, 2, 3, 130
 # Trouble with the user's disk, which no traceback explains better.
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
-# Verbs that read what patients' names may stand in, and so may the texts of unexpected errors.
-READS_ARCHIVES = {"fetch", "index", "quality", "prepare", "predict"}
-WHOLE_TRACEBACK = "VOLSSL_WHOLE_TRACEBACK"
 
 app = typer.Typer(
     name="volssl",
@@ -59,17 +56,10 @@ def main() -> None:
     try:
         app(prog_name="volssl")
     except Exception as error:
-        if os.environ.get(WHOLE_TRACEBACK) or not READS_ARCHIVES & set(sys.argv[1:2]):
+        if not is_withheld("".join(sys.argv[1:2])):
             raise
-        _tell_fault(error)
+        typer.echo(fault(error), err=True)
         sys.exit(1)
-
-
-def _tell_fault(error: Exception) -> None:
-    # Texts of errors quote what was read: header values, names of files.
-    place = "".join(traceback.format_tb(error.__traceback__))
-    told = f"its text may quote patients' data and is withheld; set {WHOLE_TRACEBACK}=1 to see it"
-    typer.echo(f"A fault of volssl, please report it. It came up here:\n{place}{type(error).__name__}: {told}", err=True)
 
 
 def _show_version(asked: bool) -> None:
@@ -100,7 +90,7 @@ def run_verb(verb: str, options: Mapping[str, Any]) -> int:
     try:
         outcome = call(verb_function(verb), options)
     except (BadInput, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        return _complain(verb, _message(error, options))
+        return _complain(verb, complaint(error, options))
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
@@ -144,18 +134,6 @@ def _close(verb: str, outcome: Outcome) -> int:
 def _complain(verb: str, message: str) -> int:
     typer.echo(f"volssl {verb}: {message}", err=True)
     return BAD_INPUT
-
-
-def _message(error: Exception, options: Mapping[str, Any]) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{_shown(Path(error.filename), options)}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
-
-
-def _shown(file: Path, options: Mapping[str, Any]) -> str:
-    # What was found in an archive may be called after a patient; what the user named may be named.
-    folders = [Path(given) for name in ("archives", "inputs") for given in options.get(name, ())]
-    return next((f"a file in {folder}" for folder in folders if folder in file.parents), str(file))
 
 
 def _argument(kind: Any, metavar: str) -> Any:

@@ -1,69 +1,113 @@
-"""What a store holds, on one self-contained page: STORE/preview.html. Counts over all volumes, pictures of a few."""
+"""What a store holds, on one self-contained page: STORE/preview.html. Counts over all volumes in one pass, pictures of a few."""
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from volssl.files import read_csv, write_text
+from volssl.files import BadInput, write_text
 from volssl.page import embedded, render
 from volssl.pictures import PLANE_AXIS, PLANES, plane_of
 from volssl.reasons import explained
-from volssl.store import Entry, Store
+from volssl.store import Entry, Store, read_about
 from volssl.thumbnails import Box, planes_png
 
 SHOWN = {"train": 9, "val": 3}
 AXES = ("left to right", "back to front", "feet to head")
 
 
+@dataclass
+class Tally:
+    """Counts over all volumes of a store; numbers are counted at the precision that is shown."""
+
+    volumes: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    patients: dict[str, set[int]] = field(default_factory=dict)
+    sizes: dict[tuple[str, int], Counter[int]] = field(default_factory=dict)
+    shares: Counter[int] = field(default_factory=Counter)
+    first: dict[str, list[Entry]] = field(default_factory=lambda: {split: [] for split in SHOWN})
+
+    def add(self, row: Entry) -> None:
+        """Count one volume."""
+        self.volumes += 1
+        self.splits[row.split] += 1
+        self.patients.setdefault(row.split, set()).add(hash(row.patient_id))
+        body = np.subtract(row.body_stop, row.body_start)
+        for axis in range(3):
+            self.sizes.setdefault(("stored", axis), Counter())[row.shape_vox[axis]] += 1
+            self.sizes.setdefault(("body", axis), Counter())[int(body[axis])] += 1
+        self.shares[round(100 * float(np.prod(body, dtype=float) / np.prod(row.shape_vox, dtype=float)))] += 1
+        kept = self.first.get(row.split)
+        if kept is not None and len(kept) < SHOWN[row.split]:  # the manifest is sorted by keyed hashes: a fair draw
+            kept.append(row)
+
+
 def write_preview(store: Path, *, thumbnails: bool = True) -> Path:
     """Write STORE/preview.html. The same store gives the same page. Returns: the page. Raises: BadInput: no finished store there."""
     path = Path(store)
-    opened = Store.open(path)
-    rows = opened.rows
-    failed = Counter(row["reason"] for row in read_csv(path / "failures.csv")) if (path / "failures.csv").exists() else Counter()
-    entries = {split: [row for row in rows if row.split == split] for split in SHOWN}
+    about, tally = read_about(path), Tally()
+    for row in _entries(path / "manifest.csv"):
+        tally.add(row)
+    opened, failed = Store(path, about, []), _failures(path / "failures.csv")
     page = render(
         "preview.html",
-        about=opened.about,
-        spacing=" × ".join(f"{mm:g}" for mm in opened.about.spacing_mm),
-        window=" to ".join(f"{value:g}" for value in opened.about.window),
-        clip=" to ".join(f"{value:g}" for value in opened.about.clip),
-        volumes=len(rows),
-        patients={split: len({row.patient_id for row in entries[split]}) for split in SHOWN},
-        splits={split: len(entries[split]) for split in SHOWN},
-        extents=_extents(rows, opened.about.spacing_mm),
-        body_share=_range([_share(row) for row in rows]),
+        about=about,
+        spacing=" × ".join(f"{mm:g}" for mm in about.spacing_mm),
+        window=" to ".join(f"{value:g}" for value in about.window),
+        clip=" to ".join(f"{value:g}" for value in about.clip),
+        volumes=tally.volumes,
+        patients={split: len(tally.patients.get(split, ())) for split in SHOWN},
+        splits={split: tally.splits[split] for split in SHOWN},
+        extents=_extents(tally, about.spacing_mm),
+        body_share=_range(tally.shares),
         failures=[{"code": code, "count": count, "told": explained(code)} for code, count in failed.most_common()],
-        shown={split: [_figure(opened, row) for row in entries[split][:count]] for split, count in SHOWN.items()} if thumbnails else {},
+        shown={split: [_figure(opened, row) for row in rows] for split, rows in tally.first.items()} if thumbnails else {},
     )
     write_text(path / "preview.html", page)
     return path / "preview.html"
 
 
-def _extents(rows: list[Entry], spacing_mm: tuple[float, ...]) -> list[dict[str, str]]:
+def _entries(manifest: Path) -> Iterator[Entry]:
+    if not manifest.is_file():
+        raise BadInput(f"store {manifest.parent}: must be finished; found no manifest.csv; run `volssl prepare` on it with --resume")
+    try:
+        with open(manifest, newline="", encoding="utf-8") as lines:
+            yield from map(Entry.of, csv.DictReader(lines))
+    except (KeyError, ValueError, AttributeError) as error:
+        raise BadInput(f"{manifest}: must be a manifest as prepare writes it; {type(error).__name__} while reading") from None
+
+
+def _failures(table: Path) -> Counter[str]:
+    if not table.is_file():
+        return Counter()
+    with open(table, newline="", encoding="utf-8") as lines:
+        return Counter(row["reason"] for row in csv.DictReader(lines))
+
+
+def _extents(tally: Tally, spacing_mm: tuple[float, ...]) -> list[dict[str, str]]:
     # Of the stored boxes and of the bodies in them, along each axis.
     table = []
     for axis, name in enumerate(AXES):
-        stored = [row.shape_vox[axis] for row in rows]
-        body = [(row.body_stop[axis] - row.body_start[axis]) * spacing_mm[axis] for row in rows]
-        length = [n * spacing_mm[axis] for n in stored]
-        table.append({"name": name, "vox": _range(stored), "mm": _range(length), "body": _range(body)})
+        stored, body = (tally.sizes.get((kind, axis), Counter()) for kind in ("stored", "body"))
+        row = {"name": name, "vox": _range(stored), "mm": _range(stored, spacing_mm[axis]), "body": _range(body, spacing_mm[axis])}
+        table.append(row)
     return table
 
 
-def _share(row: Entry) -> float:
-    body = np.prod(np.subtract(row.body_stop, row.body_start), dtype=float)
-    return 100 * float(body / np.prod(row.shape_vox, dtype=float))
-
-
-def _range(values: list[Any]) -> str:
-    if not values:
+def _range(counts: Counter[int], unit: float = 1.0) -> str:
+    # Median, least and largest.
+    if not counts:
         return "–"
-    low, middle, high = (f"{value:.0f}" for value in np.quantile(values, (0, 0.5, 1)))
+    values = sorted(counts)
+    ends = np.cumsum([counts[value] for value in values])
+    middle = values[int(np.searchsorted(ends, 0.5 * ends[-1]))]
+    low, middle, high = (f"{value * unit:.0f}" for value in (values[0], middle, values[-1]))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 

@@ -102,7 +102,7 @@ def test_a_series_in_pieces_is_glimpsed_all_the_same(tmp_path):
 
 
 def test_only_known_makers_of_scanners_are_counted_by_name(tmp_path):
-    for number, maker in enumerate(("SIEMENS Healthineers", "Siemens", "Dr. Quillfeather's workshop", "")):
+    for number, maker in enumerate(("SIEMENS Healthineers", "Siemens", "Dr. Quillfeather's workshop", ""), start=1):
         write_series(
             tmp_path / "in" / str(number),
             (body_phantom(seed=number), oblique_grid()),

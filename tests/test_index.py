@@ -3,6 +3,8 @@
 import json
 import shutil
 import stat
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -207,3 +209,49 @@ def test_real_archives_are_accepted_or_refused_with_a_reason(real_data, tmp_path
     assert all(any(word in name for word in ("seg", "label", "nodule", "pulmonary_artery")) for name in labels)
     assert accepted | labels == set(verdicts)
     assert {name for name in accepted if verdicts[name][0] == "MR"} == {"example_mr_sm.nii.gz"}
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_a_series_and_its_nifti_twin_stand_on_one_side(tmp_path, phantom, modality):
+    """As a converter writes it: other orientation, other type, and for MR other units."""
+    array, grid = phantom
+    root = tmp_path / "archive"
+    tags = {"Modality": modality, "RescaleIntercept": "-1024" if modality == "CT" else "0"}
+    for number in range(1, 7):
+        write_series(root / f"{number}", (body_phantom(seed=number), grid), patient=f"Doe^Jane{number}", series=number, **tags)
+    body = body_phantom(seed=3) + (0 if modality == "CT" else 1024)
+    turned = Volume((body * np.float32(1 if modality == "CT" else 0.25))[None], grid).reoriented("PIR")
+    archive.write_nifti(root / "twin.nii.gz", turned.array_CXYZ[0], turned.grid, np.float32)
+    sides = set()
+    for seed in range(8):
+        gates = index.Gates(validation_share=0.5, thumbnails=False)
+        index.build([root], out=tmp_path / f"index{seed}", seed=seed, gates=gates)
+        loaded = index.load(tmp_path / f"index{seed}")
+        by_name = {loaded.sources[row.scan_id].files[0].parent.name: row for row in loaded.rows}
+        one, two = by_name["3"], by_name["archive"]
+        assert (one.modality, one.verdict, two.modality, two.verdict) == (modality, "accept", modality, "accept")
+        assert one.content_hash == two.content_hash
+        assert one.patient_id != two.patient_id
+        assert one.split == two.split
+        assert len({row.content_hash for row in loaded.rows}) == 6
+        sides.add(one.split)
+    assert sides == {"train", "val"}
+    assert json.loads((tmp_path / "index0/summary.json").read_text())["duplicates"] == 1
+
+
+def test_a_worker_that_dies_is_told_in_words(tmp_path, phantom, monkeypatch):
+    archive.write_nifti(tmp_path / "x.nii.gz", *phantom, np.int16)
+
+    def broken(*args):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(index, "_in_order", broken)
+    with pytest.raises(BadInput, match="a worker process died"):
+        index.build([tmp_path / "x.nii.gz"], out=tmp_path / "index", workers=1)
+
+
+def test_settings_on_the_command_line_are_those_of_gates():
+    from volssl.__main__ import GATES, LOOK
+
+    defaults = {one.name: one.default for one in fields(index.Gates)}
+    assert {name: default for name, (_, default) in (GATES | LOOK).items()} == defaults

@@ -7,6 +7,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -124,7 +125,12 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
         yield map
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield partial(_in_order, pool, 4 * workers)
+        try:
+            yield partial(_in_order, pool, 4 * workers)
+        except BrokenProcessPool:
+            raise BadInput(
+                "index: a worker process died, for want of memory or in a decoder; run again with fewer --workers, or --content none"
+            ) from None
 
 
 def _in_order(pool: ProcessPoolExecutor, ahead: int, work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

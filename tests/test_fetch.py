@@ -193,3 +193,10 @@ def test_no_password_and_no_patient_is_told_or_written(pacs, tmp_path):
             outside = "private" not in path.parts and path.suffix != ".dcm"
             assert not (outside and b"Quillfeather" in content), path
     assert "fetch: 3/3" in done.stderr
+
+
+def test_without_its_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "volssl.dicomweb", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(BadInput, match=r"needs httpx; found no such package; pip install 'volssl\[pacs\]'"):
+        get("https://pacs.example", tmp_path / "a")

@@ -214,7 +214,7 @@ def test_real_archives_are_accepted_or_refused_with_a_reason(real_data, tmp_path
 @pytest.mark.parametrize("modality", ["CT", "MR"])
 def test_a_series_and_its_nifti_twin_stand_on_one_side(tmp_path, phantom, modality):
     """As a converter writes it: other orientation, other type, and for MR other units."""
-    array, grid = phantom
+    _, grid = phantom
     root = tmp_path / "archive"
     tags = {"Modality": modality, "RescaleIntercept": "-1024" if modality == "CT" else "0"}
     for number in range(1, 7):

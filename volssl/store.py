@@ -123,7 +123,8 @@ def _chunk_ends(path: Path, array: Any) -> np.ndarray | None:
         file.seek(header + array.schunk.cbytes)
         lead = file.read(16)
         try:
-            offsets = np.frombuffer(blosc2.decompress2(lead + file.read(int.from_bytes(lead[12:16], "little") - 16)), np.int64)
+            packed: Any = blosc2.decompress2(lead + file.read(int.from_bytes(lead[12:16], "little") - 16))
+            offsets = np.frombuffer(packed, np.int64)
         except (RuntimeError, ValueError):
             return None
     if len(offsets) != array.schunk.nchunks:

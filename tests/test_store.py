@@ -3,12 +3,13 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from volssl.files import BadInput
-from volssl.store import About, Entry, Store, read_about
+from volssl.store import PACKINGS, About, Entry, Store, read_about
 
 ABOUT = About(
     spacing_mm=(1.0, 1.0, 2.5), modality="CT", window=(-1000.0, 1000.0), clip=(-1024.0, 3071.0), recipe={"spacing_mm": [1, 1, 2.5]}
@@ -78,6 +79,18 @@ def test_number_of_threads_leaves_no_trace(filled, tmp_path, monkeypatch, thread
     Store.create(tmp_path / "other", ABOUT).write(array, one)
     assert (path / "volumes/S1.b2nd").read_bytes() == (tmp_path / "other/volumes/S1.b2nd").read_bytes()
     assert os.environ.get("BLOSC_NTHREADS") == threads
+
+
+def test_small_packing_gives_the_same_voxels_from_fewer_bytes(tmp_path):
+    rng = np.random.default_rng(0)
+    smooth = np.cumsum(rng.integers(-2, 3, (1, 64, 64, 96)), axis=3).astype(np.int16)
+    sizes = {}
+    for packing in PACKINGS:
+        store = Store.create(tmp_path / packing, replace(ABOUT, packing=packing))
+        store.write(smooth, entry("S1", smooth.shape[1:]))
+        sizes[packing] = store.volume_path("S1").stat().st_size
+        np.testing.assert_array_equal(store.read_box("S1", (0, 0, 0), smooth.shape[1:]), smooth)
+    assert sizes["small"] < 0.9 * sizes["fast"]
 
 
 def test_another_version_is_refused(filled):

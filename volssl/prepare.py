@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Settings:
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     body: Body = field(default_factory=Body)
     intensity: Intensity = field(default_factory=Intensity)
+    packing: Literal["fast", "small"] = "fast"
 
     def __post_init__(self) -> None:
         low, high = self.intensity.clip
@@ -82,6 +83,7 @@ def run(
         window=settings.intensity.window,
         clip=settings.intensity.clip,
         recipe=asdict(settings),
+        packing=settings.packing,
     )
     out = claim_out(out, resume=resume, overwrite=overwrite).absolute()
     try:

@@ -7,19 +7,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import oblique_grid
 
 from volssl import archive, index, prepare
 from volssl.dicom_write import write_dicom_series
 from volssl.files import BadInput, read_csv
 from volssl.pools import Means
 from volssl.store import Store
-from volssl.volume import Grid
+from volssl.volume import Grid, Volume
 
 SMALL = ("spacing_mm=[2,2,2]", "body.margin_mm=2")
 
@@ -203,27 +207,192 @@ def test_workers_give_the_same_store(tmp_path, made_index):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(tmp_path, made_index, workers):
+def test_killed_at_twenty_random_moments_and_run_again_gives_the_same_bytes(tmp_path, made_index, workers):
     prepare.run(made_index, out=tmp_path / "undisturbed", overrides=SMALL)
     out = tmp_path / "killed"
+    # Slowed where a volume is written, so that the moments fall between all the steps of it and not only into the imports.
     code = (
-        "import sys; from pathlib import Path; from volssl import prepare; from volssl.pools import Means\n"
-        "if __name__ == '__main__':\n"
-        f"    prepare.run(Path(sys.argv[1]), out=Path(sys.argv[2]), overrides={SMALL!r}, resume=True, means=Means(workers={workers}))\n"
+        "import sys, time; from pathlib import Path; from volssl import files, prepare; from volssl.pools import Means\n"
+        "sync = files._sync_folder\n"
+        "files._sync_folder = lambda folder: (time.sleep(0.05), sync(folder))\n"
+        f"prepare.run(Path(sys.argv[1]), out=Path(sys.argv[2]), overrides={SMALL!r}, resume=True, means=Means(workers={workers}))\n"
     )
-    (tmp_path / "go.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(Path(prepare.__file__).parents[1])}
-    for kill in range(2 if workers else 4):
+    rng = np.random.default_rng(workers)
+    killed = 0
+    for _ in range(20):
         process = subprocess.Popen(
-            [sys.executable, tmp_path / "go.py", made_index, out], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+            [sys.executable, "-c", code, made_index, out], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        # Wait for the kill-th volume (or a part of one), then strike.
-        while process.poll() is None and len(list(out.glob("volumes/*"))) <= kill:
-            time.sleep(0.001)
+        before = set(out.rglob("*"))
+        while process.poll() is None and set(out.rglob("*")) == before:
+            time.sleep(0.002)  # until it has begun to write
+        time.sleep(rng.uniform(0, 0.15))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
+        if process.returncode != -signal.SIGKILL:  # it had finished: begin anew
+            shutil.rmtree(out)
+    assert killed >= 15
     prepare.run(made_index, out=out, overrides=SMALL, resume=True)
     assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def kill_children(seconds, rng):
+    """SIGKILL one process after another of those that this one has started."""
+    end, killed = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        children = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+        for task in Path("/proc/self/task").iterdir():
+            children += [int(pid) for pid in (task / "children").read_text().split()]
+        if children:
+            os.kill(int(rng.choice(children)), signal.SIGKILL)
+            killed += 1
+        time.sleep(0.4)
+    return killed
+
+
+@pytest.mark.slow
+def test_killed_workers_cost_only_their_scan_and_a_second_run_heals_all(tmp_path, made_index):
+    prepare.run(made_index, out=tmp_path / "undisturbed", overrides=SMALL)
+    out = tmp_path / "killed"
+    killer = threading.Thread(target=kill_children, args=(4.0, np.random.default_rng(0)))
+    killer.start()
+    prepare.run(made_index, out=out, overrides=SMALL, means=Means(workers=2))
+    killer.join()
+    reasons = {row["reason"] for row in read_csv(out / "failures.csv")}
+    assert reasons <= {"truncated", "other_modality", "worker_killed"}
+    prepare.run(made_index, out=out, overrides=SMALL, resume=True)
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_dask_cluster_with_a_killed_worker_gives_the_same_store(tmp_path, made_index):
+    distributed = pytest.importorskip("distributed")
+    prepare.run(made_index, out=tmp_path / "local", overrides=SMALL, means=Means(workers=2))
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, worker_dashboard_address=None, silence_logs=50
+    ) as cluster:
+        pids = [worker.process.pid for worker in cluster.workers.values()]
+
+        def kill_one():
+            while not list((tmp_path / "cluster").glob("volumes/*.b2nd")):
+                time.sleep(0.005)
+            os.kill(pids[0], signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_one)
+        killer.start()
+        outcome = prepare.run(made_index, out=tmp_path / "cluster", overrides=SMALL, means=Means(scheduler=cluster.scheduler_address))
+        killer.join()
+    assert outcome.failed == 2  # those of the local run
+    assert tree(tmp_path / "cluster") == tree(tmp_path / "local")
+
+
+def test_scans_that_take_too_long_are_named(tmp_path, made_index):
+    with pytest.raises(BadInput, match="no scan could be prepared; found other_modality, timeout"):
+        prepare.run(made_index, out=tmp_path / "store", overrides=SMALL, means=Means(workers=2, minutes=0.0005))
+    assert [row["reason"] for row in read_csv(tmp_path / "store/failures.csv")].count("timeout") == 7
+    assert not (tmp_path / "store/manifest.csv").exists()
+
+
+def test_memory_bound_is_named_and_costs_only_its_scan(tmp_path, phantom, monkeypatch):
+    monkeypatch.setattr("volssl.pools.LEAST_GIB", 0.1)
+    big = np.tile(phantom[0], (16, 16, 16))  # 24 million voxels
+    archive.write_nifti(tmp_path / "archive/big.nii", big.astype(np.float32) + 0.25, Grid(big.shape, phantom[1].affine), np.float32)
+    archive.write_nifti(tmp_path / "archive/small.nii", *phantom, np.int16)
+    index.build([tmp_path / "archive"], out=tmp_path / "index")
+    big_id = next(row.scan_id for row in index.load(tmp_path / "index").rows if row.shape_vox == big.shape)
+    prepare.run(tmp_path / "index", out=tmp_path / "store", overrides=SMALL, means=Means(workers=1, memory_gib=0.3, minutes=2))
+    (failure,) = read_csv(tmp_path / "store/failures.csv")
+    assert failure["scan_id"] == big_id
+    assert failure["reason"] in ("out_of_memory", "worker_killed", "undecodable")
+    assert len(Store.open(tmp_path / "store").rows) == 1
+
+
+def test_disk_need_is_estimated_before_it_starts(tmp_path, made_index, monkeypatch):
+    rows = [row for row in index.load(made_index).rows if row.modality == "CT"]
+    # 24 x 20 x 12 voxels of 1.5 x 1.75 x 3 mm at 2 mm, 0.8 bytes each, seven times
+    need = 24 * 20 * 12 * 1.5 * 1.75 * 3 / 8 * prepare.BYTES_PER_VOXEL * len(rows)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(need) - 9))
+    with pytest.raises(BadInput, match=r"7 scans need about 3\.18e-05 GB .* 3\.17e-05 GB are free.*--ignore-space"):
+        prepare.run(made_index, out=tmp_path / "store", overrides=SMALL)
+    assert not list((tmp_path / "store").glob("volumes/*"))
+    prepare.run(made_index, out=tmp_path / "store", overrides=SMALL, resume=True, means=Means(ignore_space=True))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(need / 7) + 9))
+    prepare.run(made_index, out=tmp_path / "store", overrides=SMALL, resume=True)  # but one is missing
+
+
+def test_disk_need_follows_the_volumes_that_are_there(tmp_path, made_index, monkeypatch):
+    monkeypatch.setattr(prepare, "ENOUGH_STORED", 6)
+    prepare.run(made_index, out=tmp_path / "store", overrides=SMALL)
+    next((tmp_path / "store/volumes").iterdir()).unlink()
+    monkeypatch.setattr(prepare, "ENOUGH_STORED", 5)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+    with pytest.raises(BadInput, match="2 scans need .* as in the 5 volumes there"):
+        prepare.run(made_index, out=tmp_path / "store", overrides=SMALL, resume=True)
+
+
+def test_what_nobody_foresaw_costs_its_scan_and_tells_no_header(tmp_path, made_index, monkeypatch, caplog):
+    once = prepare.find_body
+    seen = []
+
+    def odd(volume, body, **other):
+        seen.append(volume)
+        if len(seen) == 2:
+            raise ZeroDivisionError("DOE^JOHN")
+        return once(volume, body, **other)
+
+    monkeypatch.setattr(prepare, "find_body", odd)
+    assert prepare.run(made_index, out=tmp_path / "store", overrides=SMALL).failed == 3
+    assert "unexpected_error" in {row["reason"] for row in read_csv(tmp_path / "store/failures.csv")}
+    assert "ZeroDivisionError at test_prepare.py:" in caplog.text
+    assert "DOE" not in caplog.text
+
+
+def test_manifest_takes_no_memory_that_grows_with_it(tmp_path, made_index):
+    prepare.run(made_index, out=tmp_path / "store", overrides=SMALL)
+    store = Store.open(tmp_path / "store")
+    one = store.rows[0]
+    tracemalloc.start()
+    store.finish(replace(one, scan_id=f"S{number:08d}") for number in range(8000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "store/manifest.csv").stat().st_size > 4_000_000
+    assert peak < 2_000_000  # as for 20,000; what is not yet collected comes and goes
+    assert len(Store.open(tmp_path / "store").rows) == 8000
+
+
+@pytest.mark.parametrize("code", ["LPS", "RAS", "SAL", "IPR"])
+def test_landmarks_come_back_through_the_whole_of_prepare(tmp_path, code):
+    """Bright balls at known places: stored voxel -> world -> voxel of the file, to a tenth of a millimetre."""
+    grid = oblique_grid((60, 54, 40), (1.4, 1.6, 2.2))
+    landmarks_mm = grid.world(np.array([[20.3, 18.7, 12.2], [40.1, 30.4, 25.6], [24.8, 36.3, 28.9]]))
+    at = np.stack(np.meshgrid(*[np.arange(n) for n in grid.shape_vox], indexing="ij"), -1)
+    mm = grid.world(at.reshape(-1, 3)).reshape(*grid.shape_vox, 3)
+    hu = np.where((((at - 0.5 * np.array(grid.shape_vox)) / (0.4 * np.array(grid.shape_vox))) ** 2).sum(-1) < 1, 0.0, -1000.0)
+    for centre in landmarks_mm:
+        hu += 1500 * np.exp(-0.5 * ((mm - centre) ** 2).sum(-1) / 4.0**2)
+    volume = Volume(hu[None], grid).reoriented(code)
+    archive.write_nifti(tmp_path / "archive/scan.nii", np.rint(volume.array_CXYZ[0]), volume.grid, np.int16)
+    index.build([tmp_path / "archive"], out=tmp_path / "index", gates=index.Gates(modality="CT"))
+    prepare.run(tmp_path / "index", out=tmp_path / "store", overrides=["spacing_mm=[1.5,1.5,2]"])
+    store = Store.open(tmp_path / "store")
+    (row,) = store.rows
+    stored = store.read_box(row.scan_id, (0, 0, 0), row.shape_vox)[0].astype(float)
+    placed = Grid(row.shape_vox, np.array(row.affine).reshape(4, 4))
+    original = Grid(row.original_shape, np.array(row.original_affine).reshape(4, 4))
+    assert placed.orientation == "RAS"
+    for centre in landmarks_mm:
+        around = np.rint(placed.voxels(centre[None])[0]).astype(int)
+        box = tuple(slice(a - 4, a + 5) for a in around)
+        weight = np.clip(stored[box] - 300, 0, None)
+        inside = np.stack(np.meshgrid(*[np.arange(a - 4, a + 5) for a in around], indexing="ij"), -1)
+        found = (inside * weight[..., None]).sum((0, 1, 2)) / weight.sum()
+        np.testing.assert_allclose(placed.world(found[None])[0], centre, atol=0.1)
+        in_file_mm = original.world(original.voxels(placed.world(found[None])))
+        np.testing.assert_allclose(in_file_mm[0], centre, atol=0.1)
+    assert original.almost_equal(volume.grid)
 
 
 def test_real_scans_prepare_with_anatomy_upright(real_data, tmp_path):

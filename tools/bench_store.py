@@ -154,14 +154,14 @@ def sizes(made: dict[str, Side], voxels: int) -> list[Row]:
         "gzip NIfTI": (_bytes(made["gzip NIfTI"].path), None),
     }
     return [
-        _share(f"size: {ours} / {name}", ([size / voxels], [_bytes(made[ours].path) / voxels]), "bytes/voxel", goal)
+        share(f"size: {ours} / {name}", ([size / voxels], [_bytes(made[ours].path) / voxels]), "bytes/voxel", goal)
         for ours in ("store", SMALL)
         for name, (size, goal) in others.items()
     ]
 
 
-def _share(what: str, values: tuple[list[float], list[float]], unit: str, goal: float | None) -> Row:
-    # The ratio ours / reference, which must be at most the goal.
+def share(what: str, values: tuple[list[float], list[float]], unit: str, goal: float | None) -> Row:
+    """A row of the ratio ours / reference, which must be at most the goal; `values`: those of the reference, ours."""
     reference, ours = values
     ratios = [b / a for a, b in zip(reference, ours, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -193,7 +193,7 @@ def cold(made: dict[str, Side], starts: Sequence[Patch]) -> list[Row]:
         for name, into in seconds.items():
             drop(made[name].path)
             into.append(1e3 * timed(lambda name=name, start=start: made[name].read(start), time.perf_counter))
-    return [_share(f"cold: {name} / nnU-Net", (seconds["nnU-Net"], seconds[name]), "ms", 0.5) for name in ("store", SMALL)]
+    return [share(f"cold: {name} / nnU-Net", (seconds["nnU-Net"], seconds[name]), "ms", 0.5) for name in ("store", SMALL)]
 
 
 def main() -> None:

@@ -106,13 +106,14 @@ def _store(work: Path, whole_XYZ: np.ndarray, *, side: int, packing: str) -> Sid
 
 def _nnunet(path: Path, exact_XYZ: np.ndarray, side: int) -> Side:
     body = exact_XYZ[exact_XYZ > -500]
-    scored = ((exact_XYZ - body.mean()) / body.std()).astype(np.float32)[None]
+    scored: Any = ((exact_XYZ - body.mean()) / body.std()).astype(np.float32)[None]
     chunks, blocks = nnunet_sizes(exact_XYZ.shape, side)
     packing: Any = {"codec": blosc2.Codec.ZSTD, "clevel": 8}
-    blosc2.asarray(np.ascontiguousarray(scored), urlpath=str(path), chunks=chunks, blocks=blocks, cparams=packing)
+    blosc2.asarray(scored, urlpath=str(path), chunks=chunks, blocks=blocks, cparams=packing)
 
     def read(start: Patch) -> Any:
-        array: Any = blosc2.open(str(path), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        mapped: Any = "r"
+        array: Any = blosc2.open(str(path), mode="r", mmap_mode=mapped, dparams={"nthreads": 1})
         return array[(slice(None), *_box(start, side))]
 
     return Side(path, read)
@@ -177,8 +178,8 @@ def warm(made: dict[str, Side], starts: Sequence[Patch], rounds: int) -> list[Ro
             continue
         some = starts[: 1 if name == "gzip NIfTI" else len(starts)]  # the slow one takes a second each
 
-        def all_of(read: Read, some: Sequence[Patch] = some) -> Callable[[], None]:
-            return lambda: [read(start) for start in some] and None
+        def all_of(read: Read, some: Sequence[Patch] = some) -> Callable[[], object]:
+            return lambda: [read(start) for start in some]
 
         ours = {of: all_of(made[of].read) for of in ("store", SMALL)}
         seconds = paired(all_of(made[name].read), ours, rounds=rounds, clock=time.perf_counter)

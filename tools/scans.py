@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -24,14 +25,16 @@ def torso(shape_vox: tuple[int, int, int], *, seed: int = 0) -> tuple[np.ndarray
     affine = np.diag([-spacing_mm[0], -spacing_mm[1], spacing_mm[2], 1.0])
     affine[:3, 3] = np.array([0, -24, 7]) - affine[:3, :3] @ ((np.array(shape_vox) - 1) / 2)
     grid = Grid(shape_vox, affine)
-    hu, _ = paint(draw_patient(seed, seed), grid.resampled(spacing_mm * COARSE))
+    hu, _ = paint(draw_patient(seed, seed), grid.resampled((spacing_mm * COARSE).tolist()))
     rng = np.random.default_rng(seed)
     made = np.empty(shape_vox, np.int16)
     x, y = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape_vox[:2]), indexing="ij")
     for z in range(shape_vox[2]):  # a slice at a time, so that a thousand of them need little memory
         below, share = divmod(max(0.0, (z - 1.5) / COARSE), 1)
         above = min(int(below) + 1, hu.shape[2] - 1)
-        plane = ndimage.zoom((1 - share) * hu[:, :, int(below)] + share * hu[:, :, above], COARSE, order=1, grid_mode=True, mode="nearest")
+        plane: Any = ndimage.zoom(
+            (1 - share) * hu[:, :, int(below)] + share * hu[:, :, above], COARSE, order=1, grid_mode=True, mode="nearest"
+        )
         noise = ndimage.gaussian_filter(rng.standard_normal(shape_vox[:2], dtype=np.float32), 0.65)
         plane += noise * np.float32(NOISE_HU / noise.std())
         plane[x**2 + y**2 > 1.02] = -1024

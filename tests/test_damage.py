@@ -355,6 +355,8 @@ def test_enhanced_multi_frame_is_read_frame_by_frame(series):
     assert volume.grid.almost_equal(grid, tolerance_mm=1e-3)
     assert agree(volume, within_hu=0.51)
     assert archive.read_image(series / "enhanced").grid.almost_equal(grid, tolerance_mm=1e-3)
+    (found,) = archive.find([series]).scans
+    np.testing.assert_array_equal(archive.read(found).array_CXYZ, volume.array_CXYZ)
 
 
 def test_enhanced_multi_frame_of_several_time_points(series):

@@ -219,8 +219,14 @@ def read_files(files: Sequence[Path]) -> Volume:
     if len(files) == 1 and _suffix(files[0]) in IMAGES:
         volume = read_file(files[0])
     else:
-        volume = read_series([header(path) for path in files])
+        volume = _read_slices([header(path) for path in files])
     return _checked(volume, files[0])
+
+
+def _read_slices(slices: Sequence[Slice]) -> Volume:
+    if len(slices) == 1 and slices[0].frames > 1:
+        return read_series(frames_of(slices[0]), repairs=("read_frames",))
+    return read_series(slices)
 
 
 def read_image(path: Path) -> Volume:
@@ -243,10 +249,7 @@ def read_image(path: Path) -> Volume:
     keys = {one.key for one in slices if "not_an_image" not in one.faults}
     if len(keys) != 1:
         raise Unreadable("not_one_series", f"{path}: must hold one DICOM series; found {len(keys)}; name a file of the one meant")
-    slices = [one for one in slices if one.key in keys]
-    if len(slices) == 1 and slices[0].frames > 1:
-        return _checked(read_series(frames_of(slices[0]), repairs=("read_frames",)), path)
-    return _checked(read_series(slices), path)
+    return _checked(_read_slices([one for one in slices if one.key in keys]), path)
 
 
 def read_label(path: Path) -> Volume:

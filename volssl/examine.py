@@ -168,7 +168,6 @@ def _volume_facts(gates: Gates, facts: Facts, volume: Volume) -> Facts:
         reasons.append(found)
     if min(grid.shape_vox) < gates.min_slices:
         reasons.append("too_few_slices")
-    content = np.ascontiguousarray(volume.reoriented("RAS").array_CXYZ, dtype=np.float32)
     return replace(
         facts,
         modality=modality,
@@ -177,10 +176,19 @@ def _volume_facts(gates: Gates, facts: Facts, volume: Volume) -> Facts:
         orientation=grid.orientation,
         num_slices=grid.shape_vox[max(range(3), key=lambda axis: (grid.spacing_mm[axis], axis))],
         reasons=tuple(sorted(reasons)),
-        digest=hashlib.sha256(repr(content.shape).encode() + content.tobytes()).hexdigest(),
+        digest=_content(volume),
         place=_digest(str(facts.source.files[0].parent), str(grid.shape_vox), str(grid.affine.round(2).tolist())),
         prints=tuple(prints_of(volume)),
     )
+
+
+def _content(volume: Volume) -> str:
+    # Hash of the values as float32 in RAS+, plane by plane, so that no copy of the volume is needed.
+    array = volume.reoriented("RAS").array_CXYZ
+    digest = hashlib.sha256(repr(array.shape).encode())
+    for plane in array[0]:
+        digest.update(np.ascontiguousarray(plane, dtype=np.float32))
+    return digest.hexdigest()
 
 
 def _rounded(spacing_mm: Sequence[float]) -> tuple[float, ...]:

@@ -123,11 +123,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_store, whole, tmp_pat
     monkeypatch.setattr(pretrain, "_step", step_then_signal)
     override = f"patches.workers={workers}"
     first = train(tiny_store, out, override)
-    assert "after step 3" in first.message and not (out / "bundle").exists()
+    assert "after step 3" in first.message and not first.finished and not (out / "bundle").exists()
     assert "after step 6" in train(tiny_store, out, override, resume=True).message
     train(tiny_store, out, override, resume=True)
     assert same(state(out), state(whole))
     assert untimed(out) == untimed(whole)
+
+
+def test_a_folder_that_is_no_run_is_neither_continued_nor_is_the_store_replaced(tiny_store, tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(BadInput, match=r"must be a run that pretrain began.*no recipe\.yaml"):
+        train(tiny_store, tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    before = sorted(tiny_store.rglob("*"))
+    with pytest.raises(BadInput):
+        pretrain.run("pcrlv2", store=tiny_store, out=tiny_store, overwrite=True, overrides=TINY)
+    assert sorted(tiny_store.rglob("*")) == before
 
 
 def test_kill_without_warning_resumes_from_the_last_checkpoint(tiny_store, whole, tmp_path):

@@ -97,7 +97,7 @@ def test_another_version_is_refused(filled):
     path = filled[0]
     values = json.loads((path / "store.json").read_text()) | {"version": 99}
     (path / "store.json").write_text(json.dumps(values))
-    with pytest.raises(BadInput, match=r"version 1; found 99"):
+    with pytest.raises(BadInput, match=r"version 2; found 99"):
         Store.open(path)
 
 

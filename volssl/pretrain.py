@@ -52,7 +52,7 @@ def run(
     fabric = open_fabric(training.precision)
     out = Path(out)
     if processes.rank() == 0:
-        claim_out(out, resume=resume, overwrite=overwrite)
+        claim_out(out, resume=resume, overwrite=overwrite, inputs=(opened.path,))
         _same_recipe(out, values, resume=resume)
     fabric.barrier()
     current = start(fabric, method, made, store=opened, out=out)
@@ -68,7 +68,7 @@ def run(
             look_at_untrained(current, made["saving"], journal)
         _train(current, made["saving"], checkpoints, journal, stop)
     if current.steps_done < training.steps:
-        return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume")
+        return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume", finished=False)
     if processes.rank() == 0:
         finished = dataclasses.replace(card, steps=current.steps_done)
         bundle.write(out / "bundle", method.encoder, finished, decoder=method.net.decoder)
@@ -85,6 +85,8 @@ def method_of(made: dict[str, Any]) -> AbstractMethod:
 
 def _same_recipe(out: Path, values: dict[str, Any], *, resume: bool) -> None:
     path = out / "recipe.yaml"
+    if resume and any(out.iterdir()) and not path.exists():
+        raise BadInput(f"--resume {out}: must be a run that pretrain began, or empty; found no recipe.yaml in it; choose another folder")
     if resume and path.exists():
         before = recipes.load(path, verb="pretrain")
         changed = sorted(key for key in before.keys() | values.keys() if before.get(key) != values.get(key) and key != "saving")

@@ -25,7 +25,7 @@ import numpy as np
 
 from volssl.files import BadInput, atomic, read_csv, read_json, write_csv, write_json
 
-VERSION = 1
+VERSION = 2
 CHUNKS = (1, 64, 64, 64)  # of (C, X, Y, Z)
 BLOCKS = (1, 32, 32, 32)
 # Both lose nothing, and are read alike. CT at 1 mm took 0.9 to 1.2 bytes per voxel "fast", 0.7 to 1.0 "small", which is read half as fast.

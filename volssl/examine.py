@@ -187,7 +187,7 @@ def _content(volume: Volume) -> str:
     array = volume.reoriented("RAS").array_CXYZ
     digest = hashlib.sha256(repr(array.shape).encode())
     for plane in array[0]:
-        digest.update(np.ascontiguousarray(plane, dtype=np.float32))
+        digest.update(np.ascontiguousarray(plane, dtype=np.float32).data)
     return digest.hexdigest()
 
 

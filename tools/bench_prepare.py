@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -26,8 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from bench_store import share
-from paired import Row, paired, report
+from paired import Row, paired, report, share
 from scans import torso, write_dicom
 
 from volssl import archive, index, prepare
@@ -95,7 +93,13 @@ def measure_time(work: Path, slices: int, rounds: int) -> list[Row]:
 def _peak(indexed: Path, folder: Path) -> float:
     # In a process of its own: the peak of all that it ever held, in GB.
     ours(indexed, folder)()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return _peak_kib() * 1024 / 1e9
+
+
+def _peak_kib() -> int:
+    # Not getrusage: its peak begins with what the parent held when it started this process.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def measure_memory(work: Path) -> list[Row]:
@@ -128,9 +132,9 @@ def measure_workers(work: Path, slices: int) -> list[Row]:
 
 
 def _peak_of_rows(indexed: Path, folder: Path) -> float:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kib()
     prepare.run(indexed, out=folder, means=Means(ignore_space=True))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_peak_kib() - before) / 1024
 
 
 def measure_rows(work: Path) -> list[Row]:

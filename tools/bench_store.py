@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import io
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ import blosc2
 import nibabel
 import numpy as np
 import torch
-from paired import Row, paired, report, row, timed
+from paired import Row, paired, report, row, share, timed
 from scans import drop, torso
 
 from volssl.archive import read_image
@@ -159,14 +158,6 @@ def sizes(made: dict[str, Side], voxels: int) -> list[Row]:
         for ours in ("store", SMALL)
         for name, (size, goal) in others.items()
     ]
-
-
-def share(what: str, values: tuple[list[float], list[float]], unit: str, goal: float | None) -> Row:
-    """A row of the ratio ours / reference, which must be at most the goal; `values`: those of the reference, ours."""
-    reference, ours = values
-    ratios = [b / a for a, b in zip(reference, ours, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return Row(what, unit, statistics.median(reference), statistics.median(ours), statistics.median(ratios), low, high, goal, at_most=True)
 
 
 def warm(made: dict[str, Side], starts: Sequence[Patch], rounds: int) -> list[Row]:

@@ -76,6 +76,14 @@ def row(what: str, seconds: tuple[list[float], list[float]], *, per: float = 1, 
     return Row(what, "ms", middle[0], middle[1], statistics.median(ratios), low, high, goal)
 
 
+def share(what: str, values: tuple[list[float], list[float]], unit: str, goal: float | None) -> Row:
+    """A row of the ratio ours / reference, which must be at most the goal; `values`: those of the reference, ours."""
+    reference, ours = values
+    ratios = [b / a for a, b in zip(reference, ours, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return Row(what, unit, statistics.median(reference), statistics.median(ours), statistics.median(ratios), low, high, goal, at_most=True)
+
+
 def report(title: str, rows: list[Row], out: Path | None) -> None:
     """Print the rows, and write them to `out` as JSON."""
     print(title)

@@ -13,7 +13,8 @@ import torch
 
 from volssl import pretrain, running
 from volssl.__main__ import run_verb
-from volssl.checkpoints import NotFinite
+from volssl.checkpoints import Checkpoints, NotFinite
+from volssl.compiling import trouble
 from volssl.export.bundle import load_encoder
 from volssl.files import BadInput, write_json
 from volssl.journal import read_metrics
@@ -128,6 +129,46 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_store, whole, tmp_pat
     train(tiny_store, out, override, resume=True)
     assert same(state(out), state(whole))
     assert untimed(out) == untimed(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(trouble("cpu")), reason="needs a C++ compiler that works")
+def test_a_compiled_run_resumes_to_the_bit_and_equals_an_eager_one_up_to_rounding(tiny_store, tmp_path):
+    # One graph for training and one for validation: each takes seconds to compile.
+    settings = ["training.steps=4", "training.precision=fp32", "method.comparison.locals=0", "net.depth=2", "saving.checkpoint_every=2"]
+    settings += ["saving.health_every=0", "saving.probe_every=0", "saving.validate_every=4", "training.compile=on"]
+    train(tiny_store, tmp_path / "whole", *settings)
+    # As if it had been killed after its second step.
+    checkpoints = []
+    real_save = Checkpoints.save
+
+    def save(self, state, *rest):
+        real_save(self, state, *rest)
+        checkpoints.append(state["steps_done"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        patch.setattr(pretrain, "_step", _killed_at(3, pretrain._step))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_store, tmp_path / "part", *settings)
+    assert max(checkpoints) == 2
+    train(tiny_store, tmp_path / "part", *settings, resume=True)
+    assert same(state(tmp_path / "part"), state(tmp_path / "whole"))
+    eager = train(tiny_store, tmp_path / "eager", *settings[:-1]).out
+    for name, tensor in state(eager)["method"].items():
+        assert torch.allclose(tensor, state(tmp_path / "whole")["method"][name], rtol=1e-2, atol=1e-3), name
+
+
+def _killed_at(step, real_step):
+    calls = []
+
+    def step_or_not(current, party, lr):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return real_step(current, party, lr)
+
+    return step_or_not
 
 
 def test_a_folder_that_is_no_run_is_neither_continued_nor_is_the_store_replaced(tiny_store, tmp_path):

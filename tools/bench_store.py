@@ -16,6 +16,7 @@ Seconds of the wall are counted, so run it on a quiet machine.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import io
 import os
@@ -119,9 +120,7 @@ def _nnunet(path: Path, exact_XYZ: np.ndarray, side: int) -> Side:
 
 
 def _zarr(work: Path, whole_XYZ: np.ndarray, side: int) -> Side:
-    import zarr
-
-    module: Any = zarr
+    module: Any = importlib.import_module("zarr")
     array = module.create_array(store=str(work / "zarr"), shape=whole_XYZ.shape, chunks=(64, 64, 64), dtype="int16")
     array[:] = whole_XYZ
     kept = module.open_array(str(work / "zarr"), mode="r")

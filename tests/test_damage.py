@@ -7,6 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 from conftest import body_phantom, oblique_grid
+from faults import change, shift
 from pydicom.uid import ImplicitVRLittleEndian
 
 from volssl import archive, index
@@ -52,21 +53,6 @@ def only(series, **gates):
     assert len(rows) == 1
     assert not failures
     return rows[0], sources[0]
-
-
-def change(path, **tags):
-    data = pydicom.dcmread(path)
-    for keyword, value in tags.items():
-        setattr(data, keyword, value)
-    data.save_as(path)
-
-
-def shift(path, *, along=0.0, lateral=0.0):
-    data = pydicom.dcmread(path)
-    row, column = np.split(np.array(data.ImageOrientationPatient, dtype=float), 2)
-    moved = np.array(data.ImagePositionPatient, dtype=float) + along * np.cross(row, column) + lateral * column
-    data.ImagePositionPatient = [f"{v:.9g}" for v in moved]
-    data.save_as(path)
 
 
 def agree(volume, *, within_hu, margin=2):

@@ -3,6 +3,7 @@
 import numpy as np
 import pydicom
 import pytest
+from faults import change, shift
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
@@ -24,24 +25,6 @@ def series(tmp_path, phantom):
 def reasons(folder) -> set[str]:
     stacks = stacks_of([header(path) for path in sorted(folder.iterdir())], same=same_pixels)
     return {code for stack in stacks for code in stack.reasons}
-
-
-def change(path, **tags):
-    data = pydicom.dcmread(path)
-    for keyword, value in tags.items():
-        if value is None:
-            delattr(data, keyword)
-        else:
-            setattr(data, keyword, value)
-    data.save_as(path)
-
-
-def shift(path, *, along=0.0, lateral=0.0):
-    data = pydicom.dcmread(path)
-    row, column = np.split(np.array(data.ImageOrientationPatient, dtype=float), 2)
-    moved = np.array(data.ImagePositionPatient, dtype=float) + along * np.cross(row, column) + lateral * column
-    data.ImagePositionPatient = [f"{v:.9g}" for v in moved]
-    data.save_as(path)
 
 
 def test_series_reads_to_the_phantom_whatever_the_order_of_files(series, phantom):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from volssl import archive
 from volssl.archive import Source, Unreadable
 from volssl.dicom import VOLUME_MODALITIES, Slice, frames_of
+from volssl.files import place_of
 from volssl.fingerprint import Print, planes, print_of_stack, prints_of
 from volssl.gates import Gates, contradiction, is_label_map, modality_of
 from volssl.pixels import quiet, read_slice, same_pixels
@@ -68,8 +68,7 @@ def examined(gates: Gates, item: list[Slice] | Path) -> list[Facts]:
     except MemoryError:
         code = "out_of_memory"
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        logger.error("%s at %s:%s", type(error).__name__, Path(place.filename).name, place.lineno)
+        logger.error("%s", place_of(error))
         code = "unexpected_error"
     source = Source("file", (item,)) if isinstance(item, Path) else Source("dicom", tuple(one.path for one in item))
     return [Facts(source, failure=code)]

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ class Outcome:
     failed: int = 0
     message: str = ""
     finished: bool = True
+
+
+def place_of(error: BaseException) -> str:
+    """Type of an unexpected error and where in the code it came up: what a log may hold, since its text may quote a scan's header."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
 
 
 def claim_out(out: Path, *, resume: bool | None = None, overwrite: bool | None = None, inputs: Sequence[Path] = ()) -> Path:

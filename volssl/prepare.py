@@ -19,7 +19,7 @@ import numpy as np
 
 from volssl import archive
 from volssl.body import Body, Found, Intensity, find_body, padding_of, scaling_of, triple, with_margin, without_padding
-from volssl.files import BadInput, Outcome, claim_out, track, write_csv
+from volssl.files import BadInput, Outcome, claim_out, place_of, track, write_csv
 from volssl.pools import Lost, Means, spread
 from volssl.recipe import load as load_recipe
 from volssl.recipe import parse
@@ -196,11 +196,7 @@ def prepare_one(store: Store, settings: Settings, row: Row, source: archive.Sour
         raise
     except Exception as error:
         # One odd scan in 100,000 must not end the run. The message may quote the scan's header, so only the place is told.
-        place = error.__traceback__
-        while place is not None and place.tb_next is not None:
-            place = place.tb_next
-        where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else "?"
-        logger.error("scan %s: %s at %s", row.scan_id, type(error).__name__, where)
+        logger.error("scan %s: %s", row.scan_id, place_of(error))
         return "unexpected_error"
     return ""
 

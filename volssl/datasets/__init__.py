@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,11 +30,16 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseTable:
-    """The labelled cases of a folder, sorted by case_id. `labels`: name -> value, without background. `channels`: names, in order."""
+    """The labelled cases of a folder, sorted by case_id. `labels`: name -> value, without background. `channels`: names, in order.
+
+    `regions`: overlapping targets, each the union of some label values, from the largest to the smallest ({"WT": (1, 2, 4), "TC": (1, 4),
+    "ET": (4,)}); empty where every label is a target of its own.
+    """
 
     cases: tuple[Case, ...]
     labels: dict[str, int]
     channels: tuple[str, ...]
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def layouts() -> dict[str, ModuleType]:
@@ -76,7 +81,7 @@ def _checked(table: CaseTable, root: Path) -> CaseTable:
         raise BadInput(f"data {root}: {len(faults)} fault(s); mend them:\n  " + "\n  ".join(faults))
     patients = _patients(root, names)
     cases = [Case(case.case_id, patients.get(case.case_id, case.patient_id), case.images, case.label) for case in table.cases]
-    return CaseTable(tuple(sorted(cases, key=lambda case: case.case_id)), table.labels, table.channels)
+    return replace(table, cases=tuple(sorted(cases, key=lambda case: case.case_id)))
 
 
 def _patients(root: Path, names: Iterable[str]) -> dict[str, str]:

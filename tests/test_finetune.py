@@ -22,6 +22,7 @@ from volssl.files import BadInput, read_csv, read_json
 from volssl.finetune import PARTS, Options, run
 from volssl.journal import read_metrics
 from volssl.nets.unet import UNet
+from volssl.segment import Plan
 from volssl.volume import Grid
 
 
@@ -79,6 +80,32 @@ def test_it_learns(data, recipe, trained, tmp_path):
     run(recipe, data=data, out=tmp_path / "untrained", options=Options(overrides=("optimisation.steps=1", "optimisation.lr=1e-9")))
     assert mean_dice(trained) > 0.8
     assert mean_dice(trained) > mean_dice(tmp_path / "untrained") + 0.3
+
+
+def test_regions_are_learned_and_scored_on_the_label_map(data, recipe, tmp_path):
+    overrides = ("regions={both: [1, 2], dark: [2]}", "optimisation.steps=100", "optimisation.deep_supervision=true")
+    run(recipe, data=data, out=tmp_path / "run", options=Options(overrides=overrides))
+    assert weights(tmp_path / "run")["heads.0.weight"].shape[0] == 2
+    assert read_json(tmp_path / "run" / "model.json")["regions"] == {"both": [1, 2], "dark": [2]}
+    assert mean_dice(tmp_path / "run") > 0.75
+    values = {int(v) for path in (tmp_path / "run" / "validation").glob("*.nii.gz") for v in np.unique(read_label(path).array_CXYZ)}
+    assert values == {0, 1, 2}
+
+
+def test_the_loss_of_regions_is_the_formula_of_the_papers():
+    """Soft Dice of each region over the batch, averaged, and binary cross-entropy, written here once more."""
+    regions = {"both": (1, 2), "dark": (2,)}
+    plan = Plan({}, LABELS, ("CT",), (4, 4, 4), regions=regions)
+    logits = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(0, 3, (2, 1, 4, 4, 4), generator=torch.Generator().manual_seed(1))
+    dice, entropy = fitting._of_regions(plan, logits, y)
+    wanted_dice, wanted_entropy = 0.0, 0.0
+    for r, held in enumerate(regions.values()):
+        p, g = 1 / (1 + np.exp(-logits[:, r].double().numpy())), np.isin(y[:, 0].numpy(), held)
+        wanted_dice += (1 - (2 * (p * g).sum() + 1e-5) / (p.sum() + g.sum() + 1e-5)) / 2
+        wanted_entropy += -np.where(g, np.log(p), np.log(1 - p)).mean() / 2
+    assert float(dice) == pytest.approx(wanted_dice, abs=1e-5)
+    assert float(entropy) == pytest.approx(wanted_entropy, abs=1e-5)
 
 
 def test_what_a_run_leaves(data, trained):
@@ -236,6 +263,8 @@ REFUSED = [
     ({"overrides": ("labels={bright: 1}",)}, r"(?s)6 of 6 cases.*found \[2\]"),
     ({"overrides": ("labels={bright: 1, dark: 2, other: 3}",)}, "among the data set's"),
     ({"overrides": ("labels={bright: 2, dark: 1}",)}, "bright: value must be the data set's, 1; found 2"),
+    ({"overrides": ("regions={both: [1, 2], bright: [1, 2]}",)}, "exactly one value"),
+    ({"overrides": ("regions={bright: [1]}",)}, "dark lies in none"),
     ({"overrides": ("net.in_channels=4",)}, "net.in_channels"),
     ({"overrides": ("sampling.patch_vox=[15, 16, 16]",)}, "multiple of the net's stride 2"),
     ({"overrides": ("sampling.patch=3",)}, "unknown key"),

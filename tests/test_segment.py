@@ -1,5 +1,7 @@
 """Geometry and intensities: what the network sees, and the way back to the image's own grid."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def test_a_label_map_pushed_through_predicts_geometry_comes_back(affine, spacing
     seen = preparation.label(Volume(label[None], original))
     assert seen.grid.orientation == "RAS"
     shares = Volume(np.stack([seen.array_CXYZ[0] == value for value in range(3)]).astype(np.float32), seen.grid)
-    back = onto_original(shares, original)
+    back = onto_original(shares, original, decide=lambda shares: shares.argmax(0).astype(np.uint8))
     assert back.shape == label.shape
     if spacing_mm is None:
         np.testing.assert_array_equal(back, label)
@@ -98,6 +100,27 @@ def test_the_channels_must_be_the_models():
         Model(plan, Threshold()).label_map(Volume(np.zeros((1, 4, 4, 4)), Grid((4, 4, 4), np.eye(4))))  # type: ignore[arg-type]
 
 
+class Nested(torch.nn.Module):
+    """Region 1 where the prepared value exceeds 0.4, region 2 inside of it from 0.6 on."""
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return torch.cat([100 * (x - 0.4), 100 * (x - 0.6)], 1)
+
+
+@pytest.mark.parametrize("affine", GRIDS.values(), ids=GRIDS)
+def test_regions_are_written_on_the_inputs_grid(affine):
+    image, label = blobs(3, (24, 22, 20))
+    image = np.choose(label, (-1000, 0, 1000)).astype(np.int16)
+    plan = Plan({}, {"rim": 3, "core": 9}, ("CT",), (16, 16, 16), regions={"whole": (3, 9), "core": (9,)})
+    assert plan.outputs == 2
+    model = Model(plan, Nested())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(model.label_map(Volume(image[None], Grid(image.shape, affine))), np.choose(label, (0, 3, 9)))
+
+
 def tiny_model() -> Model:
     plan = Plan({"name": "unet", "arguments": {"width": 2, "depth": 2, "norm": "batch"}}, {"a": 2, "b": 5}, ("CT",), (8, 8, 8))
     return Model(plan, plan.network())
@@ -109,6 +132,21 @@ def test_write_and_read(tmp_path):
     read = read_model(tmp_path)
     assert read.plan == model.plan
     assert all(torch.equal(a, b) for a, b in zip(model.net.state_dict().values(), read.net.state_dict().values(), strict=True))
+
+
+def test_regions_are_kept_in_order_and_a_model_without_them_is_read(tmp_path):
+    net = {"name": "unet", "arguments": {"width": 2, "depth": 2, "norm": "batch"}}
+    regions = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+    plan = Plan(net, {"a": 1, "b": 2, "c": 4}, ("T1",), (8, 8, 8), regions=regions)
+    write_model(tmp_path / "regions", Model(plan, plan.network()))
+    read = read_model(tmp_path / "regions")
+    assert list(read.plan.regions.items()) == list(regions.items())
+    assert read.net(torch.zeros(1, 1, 8, 8, 8)).shape[1] == 3
+    write_model(tmp_path / "old", tiny_model())
+    values = json.loads((tmp_path / "old" / "model.json").read_text())
+    assert values.pop("regions") == {}
+    (tmp_path / "old" / "model.json").write_text(json.dumps(values | {"schema": 1}))
+    assert read_model(tmp_path / "old").plan == tiny_model().plan
 
 
 def test_a_changed_or_absent_model_is_refused(tmp_path):

@@ -30,6 +30,7 @@ from volssl.nets.sides import side_fault
 from volssl.pictures import Overlay, overlay_png
 from volssl.recipe import Part
 from volssl.segment import Inference, Model, Plan, Preparation, write_model
+from volssl.targets import check_regions
 from volssl.volume import Volume
 
 
@@ -60,6 +61,7 @@ class Data:
 PARTS = {
     "data": Data,
     "labels": dict[str, int] | None,
+    "regions": dict[str, tuple[int, ...]] | None,
     "net": "nets",
     "preparation": Preparation,
     "folds": Folds,
@@ -85,7 +87,7 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     check_out(out, **claim, inputs=inputs)
     values = recipes.load(recipe, options.overrides, verb="finetune")
     made = recipes.parse(values, PARTS, str(recipe))
-    table = _labelled(open_dataset(Path(data), made["data"].layout), made["labels"])
+    table = _labelled(open_dataset(Path(data), made["data"].layout), made["labels"], made["regions"])
     folds = split(table, made["folds"])
     if not 0 <= options.fold < len(folds):
         raise BadInput(f"--fold must lie between 0 and {len(folds) - 1}; found {options.fold}")
@@ -117,8 +119,8 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     return _validate(out, model, table, held_out)
 
 
-def _labelled(table: CaseTable, labels: dict[str, int] | None) -> CaseTable:
-    """The table with the recipe's labels, where it names some."""
+def _labelled(table: CaseTable, labels: dict[str, int] | None, regions: dict[str, tuple[int, ...]] | None) -> CaseTable:
+    """The table with the recipe's labels and regions, where it names some."""
     given = table.labels if labels is None else labels
     faults = [f"{name}: value must be 1 to 255 and its own; found {value}" for name, value in given.items() if not 1 <= value <= 255]
     if len(set(given.values())) != len(given) or not given:
@@ -133,7 +135,9 @@ def _labelled(table: CaseTable, labels: dict[str, int] | None) -> CaseTable:
         faults.append(f"values must be among the data set's, {table.labels}; found {unknown}")
     if faults:
         raise BadInput("labels: " + "; ".join(faults))
-    return dataclasses.replace(table, labels=dict(sorted(given.items(), key=lambda item: item[1])))
+    chosen = table.regions if regions is None else regions
+    check_regions(given, chosen)
+    return dataclasses.replace(table, labels=dict(sorted(given.items(), key=lambda item: item[1])), regions=chosen)
 
 
 def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
@@ -154,6 +158,7 @@ def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
         deep_supervision=made["optimisation"].deep_supervision,
         preparation=made["preparation"],
         inference=made["inference"],
+        regions=table.regions,
     )
 
 

@@ -22,6 +22,7 @@ from volssl.nets.heads import SegmentationNet
 from volssl.running import Precision, fabric_precision, scaler_of
 from volssl.schedule import warmup_cosine
 from volssl.segment import Plan
+from volssl.targets import region_masks
 
 
 @dataclass(frozen=True)
@@ -154,18 +155,31 @@ def _augmented(current: Run, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
 
 
 def _losses(current: Run, x_BCXYZ: Tensor, y_B1XYZ: Tensor) -> dict[str, Tensor]:
-    """Dice over the batch (background left out) and cross-entropy, weighted; at several scales their weighted mean."""
+    """Dice over the batch and cross-entropy, weighted; at several scales their weighted mean.
+
+    Of labels: softmax, background left out of the Dice. Of regions: sigmoid, each region by itself.
+    """
     outputs = current.net(x_BCXYZ)
     scales = outputs if isinstance(outputs, list) else [outputs]
-    soft_dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
     total = sum(0.5**i for i in range(len(scales)))
     dice, entropy = x_BCXYZ.new_zeros(()), x_BCXYZ.new_zeros(())
     for i, logits in enumerate(scales):
         weight = 0.5**i / total
         y = y_B1XYZ if i == 0 else F.interpolate(y_B1XYZ.float(), size=logits.shape[2:], mode="nearest-exact").long()
-        dice = dice + weight * soft_dice(logits.float(), y)
-        entropy = entropy + weight * F.cross_entropy(logits.float(), y[:, 0])
+        of_scale = _of_regions(current.plan, logits.float(), y) if current.plan.regions else _of_labels(logits.float(), y)
+        dice, entropy = dice + weight * of_scale[0], entropy + weight * of_scale[1]
     return {"dice": current.optimisation.dice * dice, "cross_entropy": current.optimisation.cross_entropy * entropy}
+
+
+def _of_labels(logits_BKXYZ: Tensor, y_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:
+    soft_dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
+    return soft_dice(logits_BKXYZ, y_B1XYZ), F.cross_entropy(logits_BKXYZ, y_B1XYZ[:, 0])
+
+
+def _of_regions(plan: Plan, logits_BRXYZ: Tensor, y_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:
+    masks_BRXYZ = region_masks(y_B1XYZ, values=plan.values, regions=plan.regions)
+    soft_dice = DiceLoss(sigmoid=True, batch=True)
+    return soft_dice(logits_BRXYZ, masks_BRXYZ), F.binary_cross_entropy_with_logits(logits_BRXYZ, masks_BRXYZ)
 
 
 def _step(current: Run, lr: float, cases: list[str]) -> float:

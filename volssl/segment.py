@@ -6,6 +6,7 @@ A model on disk is `model.safetensors` and `model.json` in a run's folder.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +23,10 @@ from volssl.files import BadInput, read_json, sha256, write_json
 from volssl.nets.heads import SegmentationNet
 from volssl.recipe import arguments, find
 from volssl.resample import resample
+from volssl.targets import THRESHOLD, check_regions, written
 from volssl.volume import Grid, Volume
 
-SCHEMA = 1
+SCHEMA = 2  # of model.json; 1 had no regions and is read as it was
 PERCENTILES = (0.5, 99.5)  # robust lowest and highest value, as nnU-Net clips
 
 
@@ -92,17 +94,17 @@ class Preparation:
         return zscore(x_BCXYZ) if self.patches == "zscore" else x_BCXYZ
 
 
-def onto_original(shares: Volume, original: Grid) -> np.ndarray:
-    """Class shares on the network's grid -> index of the largest on the image's own grid, uint8, shape XYZ.
+def onto_original(shares: Volume, original: Grid, *, decide: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Shares on the network's grid -> label map on the image's own grid, uint8, shape XYZ.
 
-    Shares are interpolated before the largest is taken: contours between voxels survive, which moving a finished map by nearest voxel
-    would turn into steps.
+    Shares are interpolated before labels are decided: contours between voxels survive, which moving a finished map by nearest voxel
+    would turn into steps. Args: decide: shares (K, X, Y, Z) -> labels (X, Y, Z), such as `Plan.decide`.
     """
     turned = original.reoriented("RAS")
     if not shares.grid.almost_equal(turned):
         shares = resample(shares, turned, order="linear", fill=0.0)
-    index = Volume(shares.array_CXYZ.argmax(0, keepdims=True).astype(np.uint8), turned)
-    return np.ascontiguousarray(index.reoriented(original.orientation).array_CXYZ[0])
+    label = Volume(decide(shares.array_CXYZ)[None], turned)
+    return np.ascontiguousarray(label.reoriented(original.orientation).array_CXYZ[0])
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,11 @@ class Inference:
 class Plan:
     """All that model.json says: what rebuilds the network, and what stands around it.
 
-    Attributes: architecture: {"name", "arguments"} of `volssl.nets`. labels: name -> value. channels: names. patch_vox: the window.
+    Attributes:
+        architecture: {"name", "arguments"} of `volssl.nets`. labels: name -> value. channels: names. patch_vox: the window.
+        regions: name -> label values, from the largest to the smallest. Where there are any, the network has one sigmoid channel for each
+            and none for background, see `volssl.targets`; else a softmax over background and the labels.
+    Raises: BadInput: regions that do not go with the labels.
     """
 
     architecture: dict[str, Any]
@@ -132,17 +138,36 @@ class Plan:
     deep_supervision: bool = False
     preparation: Preparation = field(default_factory=Preparation)
     inference: Inference = field(default_factory=Inference)
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_regions(self.labels, self.regions)
 
     @property
     def values(self) -> list[int]:
         """Label value of each class index; class 0 is background."""
         return [0, *sorted(self.labels.values())]
 
+    @property
+    def outputs(self) -> int:
+        """Channels of the network's logits: the regions, or background and the labels."""
+        return len(self.regions) or len(self.values)
+
+    def shares(self, logits_BKXYZ: Tensor) -> Tensor:
+        """Logits -> shares in [0, 1], float32: of each region by itself, or of all classes together."""
+        return logits_BKXYZ.float().sigmoid() if self.regions else logits_BKXYZ.float().softmax(1)
+
+    def decide(self, shares_KXYZ: np.ndarray) -> np.ndarray:
+        """Shares -> label values, uint8 (X, Y, Z): region by region where a share is at least a half, or the class of the largest."""
+        if self.regions:
+            return written(shares_KXYZ >= THRESHOLD, self.regions)
+        return np.array(self.values, dtype=np.uint8)[shares_KXYZ.argmax(0)]
+
     def network(self) -> SegmentationNet:
         """The untrained network."""
         net_class = find("nets", self.architecture["name"])
         net = net_class(**arguments(net_class, self.architecture["arguments"], "architecture"), skips=True)
-        return SegmentationNet(net, len(self.values), deep_supervision=self.deep_supervision)
+        return SegmentationNet(net, self.outputs, deep_supervision=self.deep_supervision)
 
 
 @dataclass(frozen=True)
@@ -160,11 +185,11 @@ class Model:
             )
         prepared = self.plan.preparation.image(volume)
         shares = Volume(self.shares(prepared.array_CXYZ), prepared.grid)
-        return np.array(self.plan.values, dtype=np.uint8)[onto_original(shares, volume.grid)]
+        return onto_original(shares, volume.grid, decide=self.plan.decide)
 
     @torch.no_grad()
     def shares(self, array_CXYZ: np.ndarray) -> np.ndarray:
-        """Softmax shares (classes, X, Y, Z), float32, of a prepared image: sliding window with Gaussian blending, mean over the flips."""
+        """Shares (classes or regions, X, Y, Z) of a prepared image: sliding window with Gaussian blending, mean over the flips."""
         device = next(self.net.parameters()).device
         x_BCXYZ = torch.from_numpy(np.ascontiguousarray(array_CXYZ))[None].to(device)
         was_training = self.net.training
@@ -187,7 +212,7 @@ class Model:
         total: Tensor | None = None
         for chosen in itertools.product(*choices):
             axes = [2 + axis for axis, flip in enumerate(chosen) if flip]
-            shares = self.net(x_BCXYZ.flip(axes)).float().softmax(1).flip(axes)
+            shares = self.plan.shares(self.net(x_BCXYZ.flip(axes))).flip(axes)
             total = shares if total is None else total + shares
         assert total is not None
         return total / len(list(itertools.product(*choices)))

@@ -87,24 +87,51 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     check_out(out, **claim, inputs=inputs)
     values = recipes.load(recipe, options.overrides, verb="finetune")
     made = recipes.parse(values, PARTS, str(recipe))
-    table = _labelled(open_dataset(Path(data), made["data"].layout), made["labels"], made["regions"])
+    table = read_table(made, data)
     folds = split(table, made["folds"])
     if not 0 <= options.fold < len(folds):
         raise BadInput(f"--fold must lie between 0 and {len(folds) - 1}; found {options.fold}")
     held_out = folds[options.fold]
     rest = [case for number, fold in enumerate(folds) if number != options.fold for case in fold]
     chosen = labelled_share(rest, options.labels, made["folds"].seed)
-    plan = _plan(made, table)
+    task = Task(values, made, table, tuple(chosen), tuple(held_out), _splits(folds, chosen, held_out, made, options))
+    model = fit(task, out=out, options=options, inputs=inputs)
+    if isinstance(model, Outcome):
+        return model
+    return _validate(out, model, table, held_out)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is to learn.
+
+    Attributes: values, made: the recipe as written and as parsed by PARTS. table: with the recipe's labels. train: cases to learn from.
+        held_out: cases that are only checked. splits: what splits.json says, besides the checksum of the weights.
+    """
+
+    values: dict[str, Any]
+    made: dict[str, Any]
+    table: CaseTable
+    train: tuple[Case, ...]
+    held_out: tuple[Case, ...]
+    splits: dict[str, Any]
+
+
+def fit(task: Task, *, out: Path, options: Options, inputs: Sequence[Path] = ()) -> Model | Outcome:
+    """Train on the task's cases and leave in `out` all but a validation; an unfinished Outcome where a signal stopped it.
+
+    Args: options: weights, seed, resume and overwrite count here. inputs: what --overwrite must not delete.
+    Raises: BadInput: before `out` is touched for anything that cannot work; NotFinite: for a loss that is not finite.
+    """
+    made, plan = task.made, plan_of(task.made, task.table)
     given = bundle.load_bundle(Path(options.weights)) if options.weights is not None else None
-    net = _first_weights(plan, given, made=made, seed=options.seed)
-    patches = LabelledPatches(
-        table, train=chosen, held_out=held_out, preparation=plan.preparation, sampling=made["sampling"], seed=options.seed
-    )
+    net = first_weights(plan, given, made=made, seed=options.seed)
+    prepared = {"preparation": plan.preparation, "sampling": made["sampling"]}
+    patches = LabelledPatches(task.table, train=task.train, held_out=task.held_out, **prepared, seed=options.seed)
     if given is not None and plan.preparation.spacing_mm is None and not made["optimisation"].accept_mismatch:
         _same_voxels(patches.cases, given.card)
-    splits = _splits(folds, chosen, held_out, made, options) | {"weights_sha256": given.card["sha256"] if given else None}
-    claim_out(out, **claim, inputs=inputs)
-    _same_run(out, values, splits, resume=options.resume)
+    claim_out(out, resume=options.resume, overwrite=options.overwrite, inputs=inputs)
+    _same_run(out, task.values, task.splits | {"weights_sha256": given.card["sha256"] if given else None}, resume=options.resume)
     current = start(plan, net, made, patches, seed=options.seed)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if options.resume and (state := checkpoints.load()) is not None:
@@ -116,7 +143,12 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
         return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume", finished=False)
     model = Model(plan, kept(current))
     write_model(out, model)
-    return _validate(out, model, table, held_out)
+    return model
+
+
+def read_table(made: dict[str, Any], data: Path) -> CaseTable:
+    """The cases of a folder with the labels of a parsed recipe. Raises: BadInput: as `open_dataset`, and labels at odds with the data."""
+    return _labelled(open_dataset(Path(data), made["data"].layout), made["labels"], made["regions"])
 
 
 def _labelled(table: CaseTable, labels: dict[str, int] | None, regions: dict[str, tuple[int, ...]] | None) -> CaseTable:
@@ -140,7 +172,8 @@ def _labelled(table: CaseTable, labels: dict[str, int] | None, regions: dict[str
     return dataclasses.replace(table, labels=dict(sorted(given.items(), key=lambda item: item[1])), regions=chosen)
 
 
-def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
+def plan_of(made: dict[str, Any], table: CaseTable) -> Plan:
+    """The plan of a parsed recipe on a data set. Raises: BadInput: channels or a patch that the network cannot take."""
     part: Part = made["net"]
     given = part.arguments.get("in_channels", len(table.channels))
     if given != len(table.channels):
@@ -162,7 +195,11 @@ def _plan(made: dict[str, Any], table: CaseTable) -> Plan:
     )
 
 
-def _first_weights(plan: Plan, given: bundle.Bundle | None, *, made: dict[str, Any], seed: int) -> SegmentationNet:
+def first_weights(plan: Plan, given: bundle.Bundle | None, *, made: dict[str, Any], seed: int) -> SegmentationNet:
+    """The untrained network, its encoder from the bundle if one is given.
+
+    Raises: BadInput: a bundle whose tensors or voxels do not fit.
+    """
     # The first weights depend on the seed alone, whatever ran in this process before; the decoder's are the same with and without a bundle.
     with torch.random.fork_rng():
         torch.manual_seed(seed)

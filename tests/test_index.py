@@ -251,7 +251,7 @@ def test_a_worker_that_dies_is_told_in_words(tmp_path, phantom, monkeypatch):
 
 
 def test_settings_on_the_command_line_are_those_of_gates():
-    from volssl.__main__ import GATES, LOOK
+    from volssl.options import GATES, LOOK
 
     defaults = {one.name: one.default for one in fields(index.Gates)}
     assert {name: default for name, (_, default) in (GATES | LOOK).items()} == defaults

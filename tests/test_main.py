@@ -18,9 +18,10 @@ import typer
 from typer.testing import CliRunner
 
 import volssl
-from volssl.__main__ import VERBS, app, call, main, run_verb, share_or_count, verb_function
+from volssl.__main__ import VERBS, app, call, main, run_verb, verb_function
 from volssl.complaints import is_withheld
 from volssl.files import BadInput, Outcome
+from volssl.options import share_or_count
 
 HEAVY = ["torch", "numpy", "lightning", "monai", "scipy", "yaml", "SimpleITK", "nibabel", "pydicom", "matplotlib"]
 

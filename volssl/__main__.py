@@ -17,6 +17,7 @@ import typer
 from volssl import __version__
 from volssl.complaints import complaint, fault, is_withheld
 from volssl.files import BadInput, Outcome
+from volssl.options import ENDINGS, GATES, LOOK, OVERRIDES, POOL, Labels, Out, Recipe, Workers, argument, option
 
 VERBS = {
     "fetch": "volssl.fetch:run",
@@ -76,15 +77,6 @@ def _volssl(version: Version = False) -> None:
     del version  # shown by its callback, before any verb
 
 
-def share_or_count(given: str | float) -> int | float:
-    """`0.1` is a share of the labelled training cases, `12` a count of them; so `1.0` is all and `1` a single case."""
-    text = str(given).strip()  # the default comes as the number it is
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise typer.BadParameter(f"must be a share such as 0.1 or a count such as 12; found {text!r}") from None
-
-
 def run_verb(verb: str, options: Mapping[str, Any]) -> int:
     """Run a verb with its options and answer the exit code; whatever the user can mend becomes one line on stderr."""
     try:
@@ -136,48 +128,6 @@ def _complain(verb: str, message: str) -> int:
     return BAD_INPUT
 
 
-def _argument(kind: Any, metavar: str) -> Any:
-    return Annotated[kind, typer.Argument(metavar=metavar, show_default=False)]
-
-
-def _option(kind: Any, help: str, *names: str, **settings: Any) -> Any:
-    return Annotated[kind, typer.Option(*names, help=help, **settings)]
-
-
-Out = _option(Path, "Folder to write; must be new or empty.")
-Recipe = _option(str, "A recipe file, or the name of a shipped recipe.")
-Workers = _option(int, "Processes that work beside this one; 0: none, this one does it all.", min=0)
-Resume = _option(bool, "Go on in --out where an earlier call stopped.", "--resume")
-Overwrite = _option(bool, "Replace what an earlier call left in --out.", "--overwrite")
-Labels = _option(Any, "Share (0.1) or count (12) of the training patients to use.", parser=share_or_count, metavar="SHARE|COUNT")
-Overrides = Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help="Replace any key of the recipe.", show_default=False)]
-ENDINGS: dict[str, tuple[Any, Any]] = {"resume": (Resume, False), "overwrite": (Overwrite, False)}
-OVERRIDES: dict[str, tuple[Any, Any]] = {"overrides": (Overrides, ())}
-LOOK: dict[str, tuple[Any, Any]] = {
-    "thumbnails": (_option(bool, "Show pictures of a few scans.", "--thumbnails/--no-thumbnails"), True),
-    "vendors": (_option(bool, "Count the makers of the scanners.", "--vendors"), False),
-}
-# Settings of volssl.gates.Gates, whose defaults these are (a test holds it): that module is not imported for a help page.
-GATES: dict[str, tuple[Any, Any]] = {
-    "modality": (_option(str | None, "What all files other than DICOM are: CT, MR or PT; else their values tell."), None),
-    "min_slices": (_option(int, "Fewer slices are too few."), 8),
-    "position_mm": (_option(float, "How far a slice may lie off its even place."), 0.1),
-    "position_share": (_option(float, "The same as a share of the distance of slices, if that is more."), 0.05),
-    "missing_from": (_option(float, "A gap of this many usual distances means that slices are missing."), 1.5),
-    "tilt_deg": (_option(float, "Largest lean of a stack that is not mended."), 0.2),
-    "max_tilt_deg": (_option(float, "Largest lean of a stack that is mended."), 45.0),
-    "direction": (_option(float, "Largest difference of direction cosines within a stack."), 1e-3),
-    "derived": (_option(str, "Derived images: auto takes those not computed from others, accept or reject takes all or none."), "auto"),
-    "content": (_option(str, "slices: decode four of each series, to find copies and wrong values; none: headers only."), "slices"),
-    "duplicate_tolerance": (_option(float, "Largest difference of copies, in standard deviations."), 1e-3),
-    "patient_pattern": (
-        _option(str, "Regular expression that finds the patient in the path of a file."),
-        r"(?:^|/)(sub-[A-Za-z0-9]+)(?=[/_])",
-    ),
-    "siblings": (_option(int, "Up to so many files of one grid in one subfolder stay on one side of the split."), 8),
-    "validation_share": (_option(float, "Share of the patients that is held out."), 0.1),
-    "key": (_option(Path | None, "File with the key of the pseudonyms; else one is made."), None),
-}
 ASKED = inspect.Parameter.empty  # as a default: the user must give it
 
 
@@ -198,17 +148,17 @@ _command(
     "fetch",
     "Pull series from a PACS over DICOMweb into a folder.",
     {
-        "dicomweb": (_option(str, "Address of the service, as https://pacs.example/dicom-web.", metavar="URL"), ASKED),
+        "dicomweb": (option(str, "Address of the service, as https://pacs.example/dicom-web.", metavar="URL"), ASKED),
         "query": (
-            _option(list[str], "Which series, as Modality=CT; if given again, all must hold.", metavar="KEY=VALUE"),
+            option(list[str], "Which series, as Modality=CT; if given again, all must hold.", metavar="KEY=VALUE"),
             ASKED,
         ),
-        "out": (_option(Path, "Folder to write, for patients' data; must be new or empty."), ASKED),
-        "parallel": (_option(int, "Series pulled at a time."), 2),
-        "retries": (_option(int, "Further tries of a request that breaks, after growing waits.", min=0), 4),
-        "timeout_s": (_option(float, "Longest silence of the server, in seconds."), 120.0),
-        "ca": (_option(Path | None, "File of the authority to trust (PEM) in place of the system's."), None),
-        "allow_http": (_option(bool, "Let patients' data cross the network in the clear.", "--allow-http"), False),
+        "out": (option(Path, "Folder to write, for patients' data; must be new or empty."), ASKED),
+        "parallel": (option(int, "Series pulled at a time."), 2),
+        "retries": (option(int, "Further tries of a request that breaks, after growing waits.", min=0), 4),
+        "timeout_s": (option(float, "Longest silence of the server, in seconds."), 120.0),
+        "ca": (option(Path | None, "File of the authority to trust (PEM) in place of the system's."), None),
+        "allow_http": (option(bool, "Let patients' data cross the network in the clear.", "--allow-http"), False),
         "resume": ENDINGS["resume"],
     },
 )
@@ -216,10 +166,10 @@ _command(
     "index",
     "Find every scan: one row each with facts, verdict and split.",
     {
-        "archives": (_argument(list[Path], "ARCHIVE"), ASKED),
+        "archives": (argument(list[Path], "ARCHIVE"), ASKED),
         "out": (Out, ASKED),
         "workers": (Workers, 0),
-        "seed": (_option(int, "Seed of the patient-wise split."), 0),
+        "seed": (option(int, "Seed of the patient-wise split."), 0),
         **GATES,
         **LOOK,
         **ENDINGS,
@@ -228,21 +178,19 @@ _command(
 _command(
     "quality",
     "Write anew the page that shows what an index or a store holds.",
-    {"folder": (_argument(Path, "INDEX|STORE"), ASKED), **LOOK},
+    {"folder": (argument(Path, "INDEX|STORE"), ASKED), **LOOK},
 )
 _command(
     "prepare",
     "Bring scans to one orientation, spacing and type.",
     {
-        "index": (_argument(Path, "INDEX"), ASKED),
+        "index": (argument(Path, "INDEX"), ASKED),
         "out": (Out, ASKED),
         "recipe": (Recipe, "prepare_ct"),
-        "workers": (Workers, 0),
-        "scheduler": (_option(str | None, "Dask scheduler whose workers do it: tcp://HOST:PORT."), None),
-        "minutes": (_option(float, "Longest time for one scan, in a process of its own."), 30.0),
-        "memory_gib": (_option(float, "Memory of such a process; 0: an equal share of this machine."), 0.0),
-        "renew": (_option(int, "Scans after which such a process is renewed.", min=1), 100),
-        "ignore_space": (_option(bool, "Begin though the disk seems too small.", "--ignore-space"), False),
+        **POOL,
+        "minutes": (option(float, "Longest time for one scan, in a process of its own."), 30.0),
+        "renew": (option(int, "Scans after which such a process is renewed.", min=1), 100),
+        "ignore_space": (option(bool, "Begin though the disk seems too small.", "--ignore-space"), False),
         **ENDINGS,
         **OVERRIDES,
     },
@@ -252,7 +200,7 @@ _command(
     "Train an encoder on a store, without labels.",
     {
         "recipe": (Recipe, ASKED),
-        "store": (_option(Path, "Folder that prepare left."), ASKED),
+        "store": (option(Path, "Folder that prepare left."), ASKED),
         "out": (Out, ASKED),
         **ENDINGS,
         **OVERRIDES,
@@ -263,9 +211,9 @@ _command(
     "Tell what a pretraining recipe would cost on this machine.",
     {
         "recipe": (Recipe, ASKED),
-        "store": (_option(Path | None, "Folder that prepare left; without it a small synthetic one is made."), None),
-        "out": (_option(Path | None, "Folder for bench.json; must be new or empty. Without it the figures are only told."), None),
-        "steps": (_option(int, "Steps to measure, after a few that are not.", min=1), 10),
+        "store": (option(Path | None, "Folder that prepare left; without it a small synthetic one is made."), None),
+        "out": (option(Path | None, "Folder for bench.json; must be new or empty. Without it the figures are only told."), None),
+        "steps": (option(int, "Steps to measure, after a few that are not.", min=1), 10),
         "overwrite": ENDINGS["overwrite"],
         **OVERRIDES,
     },
@@ -274,8 +222,8 @@ _command(
     "export",
     "Copy the encoder of a run in a format others read.",
     {
-        "source": (_argument(Path, "RUN_OR_BUNDLE"), ASKED),
-        "to": (_option(str, "Format: bundle."), ASKED),
+        "source": (argument(Path, "RUN_OR_BUNDLE"), ASKED),
+        "to": (option(str, "Format: bundle."), ASKED),
         "out": (Out, ASKED),
         "overwrite": ENDINGS["overwrite"],
     },
@@ -286,14 +234,14 @@ _command(
     {
         "recipe": (Recipe, ASKED),
         "data": (
-            _option(Path, "Labelled cases, laid out as the Decathlon or nnU-Net v2 does."),
+            option(Path, "Labelled cases, laid out as the Decathlon or nnU-Net v2 does."),
             ASKED,
         ),
-        "weights": (_option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
+        "weights": (option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
         "out": (Out, ASKED),
-        "fold": (_option(int, "Which fold is held out.", min=0), 0),
+        "fold": (option(int, "Which fold is held out.", min=0), 0),
         "labels": (Labels, 1.0),
-        "seed": (_option(int, "Seed of the first weights and of the draws."), 0),
+        "seed": (option(int, "Seed of the first weights and of the draws."), 0),
         **ENDINGS,
         **OVERRIDES,
     },
@@ -302,10 +250,10 @@ _command(
     "predict",
     "Segment images: one label map each, on the image's grid.",
     {
-        "run": (_argument(Path, "RUN"), ASKED),
-        "inputs": (_argument(list[Path], "INPUT"), ASKED),
+        "run": (argument(Path, "RUN"), ASKED),
+        "inputs": (argument(list[Path], "INPUT"), ASKED),
         "out": (Out, ASKED),
-        "format": (_option(str, "Format: nifti."), "nifti"),
+        "format": (option(str, "Format: nifti."), "nifti"),
         "overwrite": ENDINGS["overwrite"],
     },
 )
@@ -313,8 +261,8 @@ _command(
     "evaluate",
     "Score label maps: one row per case and label.",
     {
-        "predictions": (_argument(Path, "PREDICTIONS"), ASKED),
-        "references": (_argument(Path, "REFERENCES"), ASKED),
+        "predictions": (argument(Path, "PREDICTIONS"), ASKED),
+        "references": (argument(Path, "REFERENCES"), ASKED),
         "recipe": (Recipe, ASKED),
         "out": (Out, ASKED),
         "overwrite": ENDINGS["overwrite"],
@@ -324,15 +272,15 @@ _command(
     "report",
     "Put runs on one self-contained HTML page.",
     {
-        "runs": (_argument(list[Path], "RUN"), ASKED),
-        "out": (_option(Path, "HTML file to write."), ASKED),
+        "runs": (argument(list[Path], "RUN"), ASKED),
+        "out": (option(Path, "HTML file to write."), ASKED),
         "overwrite": ENDINGS["overwrite"],
     },
 )
 _command(
     "demo",
     "Run the whole pipeline on synthetic scans, to a report.",
-    {"out": (Out, ASKED), "seed": (_option(int, "Seed of phantoms, weights and draws.", min=0), 0), "overwrite": ENDINGS["overwrite"]},
+    {"out": (Out, ASKED), "seed": (option(int, "Seed of phantoms, weights and draws.", min=0), 0), "overwrite": ENDINGS["overwrite"]},
 )
 
 if __name__ == "__main__":

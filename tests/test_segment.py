@@ -1,5 +1,6 @@
 """Geometry and intensities: what the network sees, and the way back to the image's own grid."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,7 +9,9 @@ import torch
 from labelled import blobs
 
 from volssl.files import BadInput
+from volssl.resample import resample
 from volssl.segment import Inference, Model, Plan, Preparation, onto_original, read_model, write_model
+from volssl.sliding import slab_axis
 from volssl.volume import Grid, Volume
 
 
@@ -42,8 +45,9 @@ def test_a_label_map_pushed_through_predicts_geometry_comes_back(affine, spacing
     preparation = Preparation(spacing_mm=spacing_mm)
     seen = preparation.label(Volume(label[None], original))
     assert seen.grid.orientation == "RAS"
-    shares = Volume(np.stack([seen.array_CXYZ[0] == value for value in range(3)]).astype(np.float32), seen.grid)
-    back = onto_original(shares, original, decide=lambda shares: shares.argmax(0).astype(np.uint8))
+    shares = np.stack([seen.array_CXYZ[0] == value for value in range(3)]).astype(np.float32)
+    back, filled = together(shares, seen.grid, original)
+    assert filled.all()
     assert back.shape == label.shape
     if spacing_mm is None:
         np.testing.assert_array_equal(back, label)
@@ -51,6 +55,35 @@ def test_a_label_map_pushed_through_predicts_geometry_comes_back(affine, spacing
         # Nearest voxels of 0.5 mm and back: only voxels on the contour may differ.
         for value in (1, 2):
             assert 2 * ((back == value) & (label == value)).sum() / ((back == value).sum() + (label == value).sum()) > 0.9
+
+
+def together(shares_KXYZ, seen, original):
+    """Shares in runs of unequal length -> largest on the image's grid, and where anything was written."""
+    axis = slab_axis(seen.shape_vox)
+    ends = [0, 3, 4, 11, seen.shape_vox[axis]]
+    runs = [(a, b, torch.from_numpy(shares_KXYZ).narrow(1 + axis, a, b - a)) for a, b in itertools.pairwise(ends)]
+    turned = original.reoriented("RAS")
+    index, filled = np.zeros(turned.shape_vox, np.uint8), np.zeros(turned.shape_vox, np.uint8)
+    for box, part in onto_original(runs, seen, original):
+        index[box], filled[box] = part.argmax(0), filled[box] + 1
+    assert filled.max() == 1
+    return [Volume(array[None], turned).reoriented(original.orientation).array_CXYZ[0] for array in (index, filled)]
+
+
+@pytest.mark.parametrize("affine", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("spacing_mm", [(0.7, 0.7, 0.7), (1.7, 0.6, 2.9), (3, 3, 3)])
+def test_shares_moved_part_by_part_are_those_moved_as_a_whole(affine, spacing_mm):
+    original = Grid((24, 22, 20), affine)
+    turned = original.reoriented("RAS")
+    seen = turned.resampled(spacing_mm)
+    shares = np.random.default_rng(0).random((3, *seen.shape_vox), np.float32)
+    whole = resample(Volume(shares, seen), turned).array_CXYZ
+    axis = slab_axis(seen.shape_vox)
+    runs = [(a, min(a + 4, seen.shape_vox[axis])) for a in range(0, seen.shape_vox[axis], 4)]
+    made = np.full_like(whole, np.nan)
+    for box, part in onto_original([(a, b, torch.from_numpy(shares).narrow(1 + axis, a, b - a)) for a, b in runs], seen, original):
+        made[(slice(None), *box)] = part
+    np.testing.assert_allclose(made, whole, atol=1e-6)
 
 
 class Threshold(torch.nn.Module):

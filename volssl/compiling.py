@@ -1,4 +1,4 @@
-"""Whether and how parts of a training run are compiled: `training.compile` of a recipe."""
+"""Whether and how parts of a training run are compiled (`training.compile` of a recipe), and whether a device multiplies bf16 itself."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def trouble(kind: str) -> str:
     except (RuntimeError, OSError, ImportError) as error:
         return str(error).strip().partition("\n")[0] or type(error).__name__
     return ""
+
+
+def multiplies_bf16(kind: str) -> bool:
+    """Whether devices of `kind` ("cpu", "cuda") have dot products of bf16; emulation is many times slower than float32."""
+    return kind == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,12 +79,7 @@ def slabs(
     Args: mend: called with each plane of the volume, float32 (a copy), before it is resampled. depth: in planes of the slowest axis.
     Returns: float32 (C, X, Y, Z), valid until the next one.
     """
-    matrix = np.linalg.inv(volume.grid.affine) @ grid.affine
-    assert _is_straight(matrix), matrix
-    axes = [
-        _Axis.of(n, m, matrix[axis, axis], matrix[axis, 3])
-        for axis, (n, m) in enumerate(zip(volume.grid.shape_vox, grid.shape_vox, strict=True))
-    ]
+    axes = _axes(volume.grid, grid)
     # In the order of the memory, slowest first: a plane is then read in one go.
     order = sorted(range(3), key=lambda axis: -abs(volume.array_CXYZ.strides[axis + 1]))
     back = [(order[0], order[2], order[1]).index(axis) for axis in range(3)]
@@ -95,11 +90,44 @@ def slabs(
         made = [planes(part[order[0]]) for planes in channels]
         slab = np.stack(made) if len(made) > 1 else made[0][None]
         slab_CXYZ = slab.transpose(0, *(axis + 1 for axis in back))
-        for axis, one in enumerate(axes):
-            outside = ~one.inside[part[axis]]
-            if outside.any():
-                slab_CXYZ[(slice(None),) * (axis + 1) + (outside,)] = fill
+        _fill_outside(slab_CXYZ, [one.inside[part[axis]] for axis, one in enumerate(axes)], fill)
         yield (part[0], part[1], part[2]), slab_CXYZ
+
+
+def streamed(
+    runs: Iterable[tuple[int, int, np.ndarray]], old: Grid, new: Grid, *, axis: int, fill: float = 0.0
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """What `resample` gives for a volume that is never there as a whole, but comes as runs of planes, in order along `axis`.
+
+    Args: runs: first plane, plane after the last, values (C, X, Y, Z) of a volume on the grid `old`. new: with the same axes.
+    Yields: first plane of `new`, plane after the last, their values, float32 (C, X, Y, Z); a few at a time.
+    """
+    axes = _axes(old, new)
+    slow, (middle, fast) = axes[axis], (one for at, one in enumerate(axes) if at != axis)
+    columns = np.arange(new.shape_vox[axis] + 1) if slow.weights is None else slow.weights.indices
+    bounds = columns[:-1] if slow.weights is None else slow.weights.indptr[:-1]
+    lowest = np.minimum.reduceat(columns, bounds) if slow.weights is not None else bounds
+    highest = np.maximum.reduceat(columns, bounds) if slow.weights is not None else bounds
+    kept: dict[int, np.ndarray] = {}
+    done = 0
+    for first, stop, values_CXYZ in runs:
+        planes = np.moveaxis(values_CXYZ, 1 + axis, 0)
+        for number in range(first, stop):
+            kept[number] = np.stack([_in_plane(plane, middle, fast).T for plane in planes[number - first].astype(np.float32)])
+            ready = int(np.searchsorted(highest, number, side="right"))
+            if ready == done:
+                continue
+            low = int(lowest[done])
+            for index in [index for index in kept if index < low]:
+                del kept[index]
+            made = np.stack([kept[index] for index in range(low, number + 1)])
+            if slow.weights is not None:
+                weights = slow.weights[done:ready, low : number + 1]
+                made = (weights @ made.reshape(len(made), -1)).reshape(-1, *made.shape[1:])
+            made = np.ascontiguousarray(np.moveaxis(made, 0, 1 + axis))
+            _fill_outside(made, [one.inside[done:ready] if at == axis else one.inside for at, one in enumerate(axes)], fill)
+            yield done, ready, made
+            done = ready
 
 
 @dataclass(frozen=True)
@@ -121,6 +149,24 @@ class _Axis:
 
     def along_first(self, array: np.ndarray) -> np.ndarray:
         return array if self.weights is None else self.weights @ array
+
+
+def _axes(old: Grid, new: Grid) -> list[_Axis]:
+    matrix = np.linalg.inv(old.affine) @ new.affine
+    assert _is_straight(matrix), matrix
+    counts = zip(old.shape_vox, new.shape_vox, strict=True)
+    return [_Axis.of(n, m, matrix[axis, axis], matrix[axis, 3]) for axis, (n, m) in enumerate(counts)]
+
+
+def _in_plane(values: np.ndarray, middle: _Axis, fast: _Axis) -> np.ndarray:
+    # (middle, fast) -> (fast, middle)
+    return fast.along_first(np.ascontiguousarray(middle.along_first(values).T))
+
+
+def _fill_outside(array_CXYZ: np.ndarray, inside: Sequence[np.ndarray], fill: float) -> None:
+    for axis, of_axis in enumerate(inside):
+        if not of_axis.all():
+            array_CXYZ[(slice(None),) * (axis + 1) + (~of_axis,)] = fill
 
 
 def _banded(columns: np.ndarray, values: np.ndarray, size: int) -> Any:
@@ -147,7 +193,7 @@ def _planes(array: np.ndarray, axes: Sequence[_Axis], mend: Callable[[np.ndarray
         values = array[index].astype(np.float32)  # always a copy
         if mend is not None:
             values = mend(values)
-        return fast.along_first(np.ascontiguousarray(middle.along_first(values).T))
+        return _in_plane(values, middle, fast)
 
     def planes(which: slice) -> np.ndarray:
         rows = None if slow.weights is None else slow.weights[which]

@@ -124,8 +124,7 @@ def open_fabric(precision: Precision) -> Fabric:
 def fabric_precision(asked: Precision) -> Any:
     """Lightning's name of a precision; auto takes bf16 only where the hardware multiplies it, as emulation is many times slower."""
     if asked == "auto":
-        capable = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        asked = "bf16" if capable else "fp32"
+        asked = "bf16" if compiling.multiplies_bf16("cuda" if torch.cuda.is_available() else "cpu") else "fp32"
     return FABRIC_PRECISION[asked]
 
 

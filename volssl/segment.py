@@ -6,27 +6,31 @@ A model on disk is `model.safetensors` and `model.json` in a run's folder.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
 
 import volssl
 from volssl.augment.intensity import zscore
+from volssl.compiling import multiplies_bf16
 from volssl.export.bundle import load_tensors, save_tensors
 from volssl.files import BadInput, read_json, sha256, write_json
 from volssl.nets.heads import SegmentationNet
 from volssl.recipe import arguments, find
-from volssl.resample import resample
+from volssl.resample import Part as Box
+from volssl.resample import resample, streamed
+from volssl.sliding import Windows, largest, slab_axis, slabs
 from volssl.targets import THRESHOLD, check_regions, written
 from volssl.volume import Grid, Volume
 
 SCHEMA = 2  # of model.json; 1 had no regions and is read as it was
+Run = tuple[int, int, Tensor]  # first plane, plane after the last, shares
 PERCENTILES = (0.5, 99.5)  # robust lowest and highest value, as nnU-Net clips
 
 
@@ -63,8 +67,11 @@ class Preparation:
         """The image as the network sees it, float32."""
         turned = volume.reoriented("RAS")
         moved = self._onto(turned, order="linear", fill=float(turned.array_CXYZ.min()))
-        channels = [self._normalised(channel.astype(np.float32)) for channel in moved.array_CXYZ]
-        return Volume(np.stack(channels), moved.grid)
+        array_CXYZ = np.empty(moved.array_CXYZ.shape, np.float32)
+        for target_XYZ, channel_XYZ in zip(array_CXYZ, moved.array_CXYZ, strict=True):
+            target_XYZ[...] = channel_XYZ
+            self._normalise(target_XYZ)
+        return Volume(array_CXYZ, moved.grid)
 
     def label(self, volume: Volume) -> Volume:
         """The label map on the network's grid (nearest), uint8."""
@@ -75,45 +82,64 @@ class Preparation:
         grid = self.grid(turned.grid)
         return turned if grid.almost_equal(turned.grid) else resample(turned, grid, order=order, fill=fill)
 
-    def _normalised(self, channel_XYZ: np.ndarray) -> np.ndarray:
+    def _normalise(self, channel_XYZ: np.ndarray) -> None:
+        # In place: an image is the largest thing there is.
         if self.normalisation == "window":
             low, high = self.window
-            return ((channel_XYZ - low) / (high - low)).clip(0, 1)
+            channel_XYZ -= low
+            channel_XYZ /= high - low
+            np.clip(channel_XYZ, 0, 1, out=channel_XYZ)
+            return
         counted = channel_XYZ[channel_XYZ != 0] if self.nonzero else channel_XYZ.ravel()
         if counted.size == 0:
-            return np.zeros_like(channel_XYZ)
+            return
         low, high = (float(value) for value in np.percentile(counted, PERCENTILES))
-        clipped = channel_XYZ.clip(low, high)
-        if self.normalisation == "percentile":
-            return (clipped - low) / max(high - low, 1e-6)
         counted = counted.clip(low, high)
-        return (clipped - float(counted.mean(dtype=np.float64))) / max(float(counted.std(dtype=np.float64)), 1e-6)
+        np.clip(channel_XYZ, low, high, out=channel_XYZ)
+        if self.normalisation == "percentile":
+            channel_XYZ -= low
+            channel_XYZ /= max(high - low, 1e-6)
+            return
+        channel_XYZ -= float(counted.mean(dtype=np.float64))
+        channel_XYZ /= max(float(counted.std(dtype=np.float64)), 1e-6)
 
     def patch(self, x_BCXYZ: Tensor) -> Tensor:
         """What happens to a patch right before the network."""
         return zscore(x_BCXYZ) if self.patches == "zscore" else x_BCXYZ
 
 
-def onto_original(shares: Volume, original: Grid, *, decide: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Shares on the network's grid -> label map on the image's own grid, uint8, shape XYZ.
+def onto_original(runs: Iterable[Run], seen: Grid, original: Grid) -> Iterator[tuple[Box, Tensor]]:
+    """Shares on the network's grid, as they come -> shares on the image's own grid turned to RAS+, a part at a time.
 
-    Shares are interpolated before labels are decided: contours between voxels survive, which moving a finished map by nearest voxel
-    would turn into steps. Args: decide: shares (K, X, Y, Z) -> labels (X, Y, Z), such as `Plan.decide`.
+    Shares, not finished labels, are interpolated: contours between voxels survive, which moving a finished map by nearest voxel would turn
+    into steps. Args: runs: first plane of `sliding.slab_axis`, plane after the last, shares (K, X, Y, Z). seen: the network's grid.
     """
-    turned = original.reoriented("RAS")
-    if not shares.grid.almost_equal(turned):
-        shares = resample(shares, turned, order="linear", fill=0.0)
-    label = Volume(decide(shares.array_CXYZ)[None], turned)
-    return np.ascontiguousarray(label.reoriented(original.orientation).array_CXYZ[0])
+    turned, axis = original.reoriented("RAS"), slab_axis(seen.shape_vox)
+    if not seen.almost_equal(turned):
+        arrays = ((first, stop, shares_KXYZ.cpu().numpy()) for first, stop, shares_KXYZ in runs)
+        moved = streamed(arrays, seen, turned, axis=axis)
+        runs = ((first, stop, torch.from_numpy(shares_KXYZ)) for first, stop, shares_KXYZ in moved)
+    for first, stop, shares_KXYZ in runs:
+        x, y, z = (slice(first, stop) if at == axis else slice(None) for at in range(3))
+        yield (x, y, z), shares_KXYZ
 
 
 @dataclass(frozen=True)
 class Inference:
-    """Sliding window. overlap: share two neighbours have in common. flips: axes whose mirror images count too. batch: windows at once."""
+    """Sliding window.
+
+    Attributes:
+        overlap: share two neighbours have in common. flips: axes whose mirror images count too. batch: windows at once.
+        precision: of the network; auto is bf16 where the device multiplies it, else fp32. Shares are summed in fp32.
+        skip_air: with normalisation `window`, windows that lie as a whole at or below the lowest value of it count as background without
+            being looked at: the network would see nothing but zeros.
+    """
 
     overlap: float = 0.5
     flips: tuple[bool, bool, bool] = (False, False, False)
     batch: int = 2
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    skip_air: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1 or self.batch < 1:
@@ -153,15 +179,21 @@ class Plan:
         """Channels of the network's logits: the regions, or background and the labels."""
         return len(self.regions) or len(self.values)
 
+    @property
+    def background(self) -> list[float]:
+        """The shares of a voxel that is certainly in no label."""
+        return [0.0] * len(self.regions) or [1.0, *(0.0 for _ in self.labels)]
+
     def shares(self, logits_BKXYZ: Tensor) -> Tensor:
         """Logits -> shares in [0, 1], float32: of each region by itself, or of all classes together."""
-        return logits_BKXYZ.float().sigmoid() if self.regions else logits_BKXYZ.float().softmax(1)
+        logits_BKXYZ = logits_BKXYZ.float().contiguous()
+        return logits_BKXYZ.sigmoid() if self.regions else logits_BKXYZ.softmax(1)
 
-    def decide(self, shares_KXYZ: np.ndarray) -> np.ndarray:
+    def decide(self, shares_KXYZ: Tensor) -> np.ndarray:
         """Shares -> label values, uint8 (X, Y, Z): region by region where a share is at least a half, or the class of the largest."""
         if self.regions:
-            return written(shares_KXYZ >= THRESHOLD, self.regions)
-        return np.array(self.values, dtype=np.uint8)[shares_KXYZ.argmax(0)]
+            return written((shares_KXYZ >= THRESHOLD).cpu().numpy(), self.regions)
+        return np.array(self.values, dtype=np.uint8)[largest(shares_KXYZ).cpu().numpy()]
 
     def network(self) -> SegmentationNet:
         """The untrained network."""
@@ -172,50 +204,81 @@ class Plan:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network and its plan."""
+    """A trained network and its plan. `others`: networks of the same plan, such as those of other folds; the mean of the shares counts."""
 
     plan: Plan
     net: SegmentationNet
+    others: tuple[SegmentationNet, ...] = ()
 
-    def label_map(self, volume: Volume) -> np.ndarray:
-        """Label values on the volume's own grid, uint8, shape XYZ. Raises: BadInput: another number of channels than the model's."""
+    def label_map(self, volume: Volume, *, keep: Callable[[Box, Tensor], None] | None = None) -> np.ndarray:
+        """Label values on the volume's own grid, uint8, shape XYZ.
+
+        Args: keep: given the shares (K, X, Y, Z) of each part of the grid turned to RAS+; they are never held all at once.
+        Raises: BadInput: another number of channels than the model's.
+        """
+        label_XYZ = np.zeros(volume.grid.shape_vox, dtype=np.uint8)
+        turned_XYZ = Volume(label_XYZ[None], volume.grid).reoriented("RAS").array_CXYZ[0]  # a view
+        for box, shares_KXYZ in self.shares(volume, averaged=keep is not None):
+            turned_XYZ[box] = self.plan.decide(shares_KXYZ)
+            if keep is not None:
+                keep(box, shares_KXYZ)
+        return label_XYZ
+
+    def shares(self, volume: Volume, *, averaged: bool = True) -> Iterator[tuple[Box, Tensor]]:
+        """Shares (classes or regions, X, Y, Z) on the volume's own grid turned to RAS+, a part at a time, each valid until the next:
+        sliding window with Gaussian blending, mean over the flips and the networks.
+
+        Args: averaged: False allows multiples of the shares, from which `Plan.decide` makes the same of labels.
+        """
         if len(volume.array_CXYZ) != len(self.plan.channels):
             raise BadInput(
                 f"image must have {len(self.plan.channels)} channel(s): {', '.join(self.plan.channels)}; found {len(volume.array_CXYZ)}"
             )
+        inference, turned = self.plan.inference, volume.grid.reoriented("RAS")
         prepared = self.plan.preparation.image(volume)
-        shares = Volume(self.shares(prepared.array_CXYZ), prepared.grid)
-        return onto_original(shares, volume.grid, decide=self.plan.decide)
+        runs = slabs(
+            torch.from_numpy(np.ascontiguousarray(prepared.array_CXYZ)),
+            self._window,
+            Windows(self.plan.patch_vox, inference.overlap, inference.batch, next(self.net.parameters()).device),
+            empty_C=self.plan.background,
+            air=0.0 if inference.skip_air and self.plan.preparation.normalisation == "window" else None,
+            averaged=averaged or bool(self.plan.regions) or not prepared.grid.almost_equal(turned),
+        )
+        with _evaluating((self.net, *self.others)):
+            yield from onto_original(runs, prepared.grid, volume.grid)
 
     @torch.no_grad()
-    def shares(self, array_CXYZ: np.ndarray) -> np.ndarray:
-        """Shares (classes or regions, X, Y, Z) of a prepared image: sliding window with Gaussian blending, mean over the flips."""
-        device = next(self.net.parameters()).device
-        x_BCXYZ = torch.from_numpy(np.ascontiguousarray(array_CXYZ))[None].to(device)
-        was_training = self.net.training
-        self.net.eval()
-        result = sliding_window_inference(
-            x_BCXYZ,
-            roi_size=self.plan.patch_vox,
-            sw_batch_size=self.plan.inference.batch,
-            predictor=self._window,
-            overlap=self.plan.inference.overlap,
-            mode="gaussian",
-        )
-        self.net.train(was_training)
-        assert isinstance(result, Tensor)
-        return result[0].float().cpu().numpy()
-
     def _window(self, x_BCXYZ: Tensor) -> Tensor:
         x_BCXYZ = self.plan.preparation.patch(x_BCXYZ).contiguous(memory_format=torch.channels_last_3d)
         choices = [(False, True) if flip else (False,) for flip in self.plan.inference.flips]
+        nets = (self.net, *self.others)
         total: Tensor | None = None
-        for chosen in itertools.product(*choices):
+        for net, chosen in itertools.product(nets, itertools.product(*choices)):
             axes = [2 + axis for axis, flip in enumerate(chosen) if flip]
-            shares = self.plan.shares(self.net(x_BCXYZ.flip(axes))).flip(axes)
+            with torch.autocast(x_BCXYZ.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                logits = net(x_BCXYZ.flip(axes))
+            shares = self.plan.shares(logits).flip(axes)
             total = shares if total is None else total + shares
         assert total is not None
-        return total / len(list(itertools.product(*choices)))
+        return total / (len(nets) * 2 ** sum(self.plan.inference.flips))
+
+    @property
+    def precision(self) -> str:
+        """What the plan's precision is on this device: fp32 or bf16."""
+        asked = self.plan.inference.precision
+        return asked if asked != "auto" else "bf16" if multiplies_bf16(next(self.net.parameters()).device.type) else "fp32"
+
+
+@contextmanager
+def _evaluating(nets: Sequence[SegmentationNet]) -> Iterator[None]:
+    were_training = [net.training for net in nets]
+    for net in nets:
+        net.eval()
+    try:
+        yield
+    finally:
+        for net, was in zip(nets, were_training, strict=True):
+            net.train(was)
 
 
 def write_model(run: Path, model: Model) -> None:

@@ -20,15 +20,19 @@ _HOMES = {
     "load_bundle": "volssl.export.bundle",
     "load_decoder": "volssl.export.bundle",
     "load_encoder": "volssl.export.bundle",
+    "match_weights": "volssl.export.bundle",
+    "preparation_of": "volssl.card",
 }
 
 if TYPE_CHECKING:
     from volssl.archive import read_image as read_image
     from volssl.archive import read_label as read_label
     from volssl.archive import write_nifti as write_nifti
+    from volssl.card import preparation_of as preparation_of
     from volssl.export.bundle import load_bundle as load_bundle
     from volssl.export.bundle import load_decoder as load_decoder
     from volssl.export.bundle import load_encoder as load_encoder
+    from volssl.export.bundle import match_weights as match_weights
     from volssl.files import BadInput as BadInput
     from volssl.files import Outcome as Outcome
     from volssl.nets.heads import SegmentationNet as SegmentationNet

@@ -19,6 +19,7 @@ import numpy as np
 
 from volssl import archive
 from volssl.body import Body, Found, Intensity, find_body, padding_of, scaling_of, triple, with_margin, without_padding
+from volssl.card import as_card_says
 from volssl.files import BadInput, Outcome, claim_out, place_of, track, write_csv
 from volssl.pools import Lost, Means, spread
 from volssl.recipe import load as load_recipe
@@ -69,8 +70,8 @@ def run(
 ) -> Outcome:
     """Prepare all usable scans of `index` into a store.
 
-    Args: index: from `volssl index`. recipe: a file or a shipped name, with `overrides` "key=value". means: processes or a cluster, and
-        their bounds. resume: keep what is there and do what is missing.
+    Args: index: from `volssl index`. recipe: a file or a shipped name, with `overrides` "key=value"; see also
+        `card.as_card_says`. means: processes or a cluster, and their bounds. resume: keep what is there and do what is missing.
     Returns: `failed` counts the scans in failures.csv.
     Raises: BadInput: no such index, a faulty recipe, `out` in use or begun with another recipe, nothing to prepare, too little disk,
         no such cluster.
@@ -106,7 +107,7 @@ def run(
 
 
 def _settings(recipe: str | Path, overrides: Sequence[str]) -> Settings:
-    values = load_recipe(recipe, overrides, verb="prepare")
+    values = as_card_says(load_recipe(recipe, overrides, verb="prepare"), recipe, overrides)
     return parse({"prepare": values}, {"prepare": Settings}, str(recipe))["prepare"]
 
 

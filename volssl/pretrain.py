@@ -198,6 +198,7 @@ def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: Ab
             "modality": store.about.modality,
             "clip": list(store.about.clip),
             "window": list(store.window),
+            "percentiles": (store.about.recipe.get("intensity") or {}).get("percentiles"),
             "normalisation": method.normalisation,
         },
         method=made["method"].name,
@@ -206,4 +207,5 @@ def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: Ab
         data={"train_scans": len(train), "train_patients": len({row.patient_id for row in train})},
         volssl_version=volssl.__version__,
         citations=(method.citation,),
+        patch_vox=tuple(method.view_vox),
     )

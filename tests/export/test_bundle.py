@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from volssl import load_decoder, load_encoder
+from volssl import load_decoder, load_encoder, match_weights
 from volssl.export import bundle
 from volssl.files import BadInput
 from volssl.nets.folded import FoldedUNet
@@ -218,3 +218,79 @@ def test_encoders_of_other_packages_are_widened_too(tmp_path, name, make):
     torch.testing.assert_close(wide(x.expand(-1, 3, -1, -1, -1))[-1], net.encoder(x)[-1], atol=1e-5, rtol=1e-4)
     with pytest.raises(BadInput, match="does not fit this encoder"):
         bundle.into(UNet(width=4, depth=3).encoder, loaded)
+
+
+def safetensors_of(header, data=b""):
+    packed = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(packed).to_bytes(8, "little") + packed + data
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "header of 0 bytes told in a file of 0"),
+        ((2**62).to_bytes(8, "little") + b"{}", "found a header of"),
+        (safetensors_of({"a": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}}), "asks for"),
+        (safetensors_of({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, bytes(8)), "asks for 16 bytes of tensors; found 8"),
+        (safetensors_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(9)), "asks for 4 bytes of tensors; found 9"),
+        (safetensors_of({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, bytes(4)), "does not tell types and shapes"),
+        (safetensors_of({"a": {"dtype": "X", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)), "does not tell types and shapes"),
+        (safetensors_of(b"[" * 300), "does not tell types and shapes"),
+        (safetensors_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(4)), "must be a safetensors file"),
+    ],
+)
+def test_a_hostile_weights_file_is_refused_before_it_takes_memory(tmp_path, content, told):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match=told):
+        bundle.load_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ({"width": 2**20, "depth": 3}, "no number may be above"),
+        ({"width": 2, "depth": 12_000}, "12000 layers cannot have weights"),
+        ({"width": 8192, "depth": 3}, "must be that of the encoder's weights"),
+        ({"width": 4, "depth": 2}, "must be that of the encoder's weights"),
+    ],
+)
+def test_a_card_that_asks_for_another_net_than_its_weights_is_refused_before_it_is_built(written, arguments, told):
+    _, folder = written
+    facts = json.loads((folder / "card.json").read_text())
+    facts["architecture"]["arguments"] |= arguments
+    (folder / "card.json").write_text(json.dumps(facts))
+    with pytest.raises(BadInput, match=told):
+        load_encoder(folder)
+
+
+def test_the_report_names_matched_missing_left_over_and_misshapen_tensors(written):
+    net, folder = written
+    loaded = bundle.load_bundle(folder)
+    whole = match_weights(net.encoder, loaded)
+    assert whole.fits and set(whole.matched) == set(net.encoder.state_dict()) and whole.lines() == []
+    names = list(loaded.state)
+    loaded.state["not.there"] = loaded.state.pop(names[0])
+    loaded.state[names[1]] = torch.zeros(3)
+    found = match_weights(net.encoder, loaded)
+    assert not found.fits and set(found.matched) == set(names[2:])
+    assert list(found.missing) == [names[0]] and list(found.left_over) == ["not.there"]
+    assert found.misshapen == {names[1]: ((3,), tuple(net.encoder.state_dict()[names[1]].shape))}
+    assert len(found.lines()) == 3
+
+
+def test_an_encoder_is_loaded_for_more_channels(written):
+    net, folder = written
+    wide, _ = load_encoder(folder, in_channels=4)
+    x = torch.rand(1, 1, 8, 8, 8)
+    torch.testing.assert_close(wide(x.expand(-1, 4, -1, -1, -1))[-1], net.eval().encoder(x)[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_pickle_in_place_of_the_weights_is_not_executed(written):
+    _, folder = written
+    torch.save({"a": torch.zeros(1)}, folder / "encoder.safetensors")
+    facts = json.loads((folder / "card.json").read_text())
+    digest = hashlib.sha256((folder / "encoder.safetensors").read_bytes()).hexdigest()
+    (folder / "card.json").write_text(json.dumps(facts | {"sha256": digest}))
+    with pytest.raises(BadInput, match="must be a whole safetensors file"):
+        load_encoder(folder)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from volssl.files import BadInput, atomic, read_json, sha256, write_json, write_text
+from volssl.card import SCHEMA, Card, bundle_folder, model_card, read_card
+from volssl.card import preparation_of as preparation_of  # what fine-tuning asks a bundle for
+from volssl.files import BadInput, atomic, sha256, write_json, write_text
 from volssl.recipe import arguments, find
 
-SCHEMA = 1
 ENCODER, DECODER = "encoder.safetensors", "decoder.safetensors"
 NetPart = Literal["encoder", "decoder"]
+LARGEST_HEADER = 2**26  # bytes: names, types and shapes of the tensors; a network's are some hundred kilobytes
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+WIDEST = 2**14  # of any number among a card's architecture arguments
 
 
 @dataclass(frozen=True)
@@ -37,29 +43,6 @@ class Bundle:
     state: dict[str, Tensor]
     card: dict[str, Any]
     decoder: dict[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a bundle says about itself; holds no identifier, path or date of a scan.
-
-    Attributes:
-        architecture: {"name", "arguments"} of `volssl.nets`. spacing_mm, orientation: of the voxels the encoder saw.
-        intensity: {"modality", "clip", "window", "normalisation"}: stored values, those that map to [0, 1], and what follows.
-    """
-
-    architecture: dict[str, Any]
-    in_channels: int
-    spacing_mm: tuple[float, float, float]
-    orientation: str
-    intensity: dict[str, Any]
-    method: str
-    recipe: dict[str, Any]
-    steps: int
-    data: dict[str, int]
-    volssl_version: str
-    citations: tuple[str, ...]
-    licence: str = "The weights carry the terms of the data they were trained on; volssl itself is Apache-2.0."
 
 
 def write(folder: Path, encoder: nn.Module, card: Card, *, decoder: nn.Module | None = None) -> Path:
@@ -75,7 +58,7 @@ def write(folder: Path, encoder: nn.Module, card: Card, *, decoder: nn.Module | 
     if decoder is not None:
         save_tensors(folder / DECODER, decoder.state_dict())
         content["decoder"] = {"skips": bool(decoder.skips), "sha256": sha256(folder / DECODER)}
-    write_text(folder / "README.md", _model_card(content))
+    write_text(folder / "README.md", model_card(content))
     write_json(folder / "card.json", content)
     _read_back(load_encoder(folder)[0], encoder)
     if decoder is not None:
@@ -101,18 +84,7 @@ def load_bundle(folder: Path | str) -> Bundle:
 
     Raises: BadInput: not a bundle, a newer schema, a damaged or changed weights file.
     """
-    folder = Path(folder)
-    if (folder / "bundle" / "card.json").exists():
-        folder = folder / "bundle"
-    if not (folder / "card.json").exists():
-        raise BadInput(
-            f"weights {folder}: must be a bundle (a folder with card.json and encoder.safetensors) or a run that wrote one; found neither"
-        )
-    card = read_json(folder / "card.json")
-    if not isinstance(card, dict) or not isinstance(card.get("schema"), int):
-        raise BadInput(f"{folder}/card.json: must be a mapping with an integer `schema`")
-    if card["schema"] > SCHEMA:
-        raise BadInput(f"{folder}/card.json: schema must be at most {SCHEMA}; found {card['schema']}; update volssl")
+    folder, card = bundle_folder(folder), read_card(folder)
     about = card.get("decoder")
     if about is None and (folder / DECODER).exists():
         raise BadInput(f"{folder / DECODER}: card.json must name its sha256 under `decoder`; found no such entry; export it again")
@@ -140,17 +112,46 @@ def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises: BadInput: if it is none."""
+    """Read a safetensors file whose declared tensors fill it exactly. Raises: BadInput: if it is none."""
+    if fault := _size_fault(path):
+        raise BadInput(f"{path}: must be a whole safetensors file; {fault}; export it again")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{path}: must be a safetensors file; {error}") from None
 
 
-def load_encoder(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """The torch module of a bundle and its card: `encoder(x_BCXYZ)` gives the list of feature maps, finest first."""
+def _size_fault(path: Path) -> str | None:
+    # Looked at before any memory is taken: the header's length, and the bytes that its shapes and types ask for.
+    size = path.stat().st_size
+    with open(path, "rb") as stream:
+        told = int.from_bytes(stream.read(8), "little")
+        if size < 8 or told > min(LARGEST_HEADER, size - 8):
+            return f"found a header of {told} bytes told in a file of {size}"
+        try:
+            header = json.loads(stream.read(told))
+            tensors = [about for name, about in header.items() if name != "__metadata__"]
+            needed = sum(BYTES[about["dtype"]] * math.prod(map(_side, about["shape"])) for about in tensors)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return "found a header that does not tell types and shapes of tensors"
+    there = size - 8 - told
+    return None if needed == there else f"its header asks for {needed} bytes of tensors; found {there}"
+
+
+def _side(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError
+    return value
+
+
+def load_encoder(folder: Path | str, *, in_channels: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The torch module of a bundle and its card: `encoder(x_BCXYZ)` gives the list of feature maps, finest first.
+
+    Args: in_channels: of the module, a multiple of the card's; its first kernel is then repeated and divided, see `into`.
+    Raises: BadInput: as `load_bundle` and `into`.
+    """
     bundle = load_bundle(folder)
-    encoder = _net(bundle).encoder
+    encoder = _net(bundle, **({} if in_channels is None else {"in_channels": in_channels})).encoder
     into(encoder, bundle)
     return encoder.eval(), bundle.card
 
@@ -170,7 +171,48 @@ def load_decoder(folder: Path | str) -> tuple[nn.Module, dict[str, Any]]:
 def _net(bundle: Bundle, **extra: Any) -> Any:
     architecture = bundle.card["architecture"]
     net_class = find("nets", architecture["name"])
-    return net_class(**arguments(net_class, architecture["arguments"], "card.json architecture"), **extra)
+    given = arguments(net_class, architecture["arguments"] | extra, "card.json architecture")
+    known = arguments(net_class, architecture["arguments"], "card.json architecture")
+    if fault := _too_large(known, bundle):
+        raise BadInput(f"card.json architecture: {fault}; it is not the card of these weights")
+    with torch.device("meta"), _NumbersAreReal():  # takes no memory
+        needed = sum(t.numel() for t in net_class(**known).encoder.state_dict().values())
+    there = sum(t.numel() for t in bundle.state.values())
+    if needed != there:
+        raise BadInput(
+            f"card.json architecture {json.dumps(architecture)}: must be that of the encoder's weights; it needs {needed} numbers, and "
+            f"{ENCODER} holds {there}; take the card that was written with them"
+        )
+    return net_class(**given)
+
+
+class _NumbersAreReal(TorchFunctionMode):
+    # MONAI's Swin transformer reads its rates off a tensor while it is built, which one without memory cannot answer.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({} if kwargs is None else kwargs) | ({"device": "cpu"} if func is torch.linspace else {}))
+
+
+def _too_large(known: Mapping[str, Any], bundle: Bundle) -> str | None:
+    # A card is data of strangers: what it asks for must stay in proportion to the weights that came with it.
+    numbers = list(_numbers(known))
+    if max(numbers, default=0) > WIDEST:
+        return f"no number may be above {WIDEST}; found {max(numbers)}"
+    layers = sum(sum(_numbers(known.get(name, 0))) for name in ("depth", "depths", "blocks"))
+    lists = max((len(value) for value in known.values() if isinstance(value, tuple)), default=0)
+    if max(layers, lists) > len(bundle.state):
+        return f"{max(layers, lists)} layers cannot have weights among {len(bundle.state)} tensors"
+    return None
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    if isinstance(value, (int, float)):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _numbers(inner)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from _numbers(inner)
 
 
 def export(source: Path, out: Path) -> None:
@@ -178,7 +220,7 @@ def export(source: Path, out: Path) -> None:
     loads = [load_encoder] if load_bundle(source).decoder is None else [load_encoder, load_decoder]
     for load in loads:
         load(source)
-    folder = source / "bundle" if (source / "bundle" / "card.json").exists() else source
+    folder = bundle_folder(source)
     for name in (ENCODER, *([DECODER] if load_decoder in loads else []), "README.md", "card.json"):
         with atomic(out / name) as temporary:
             shutil.copyfile(folder / name, temporary)
@@ -186,7 +228,50 @@ def export(source: Path, out: Path) -> None:
         load(out)
 
 
-def into(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder") -> None:
+@dataclass(frozen=True)
+class Match:
+    """How a bundle's tensors and those of a module go together, by name.
+
+    Attributes: matched: names on both sides with one shape. missing: name -> shape the module has and the bundle lacks. left_over: the
+        other way round. misshapen: name -> shapes in the bundle and in the module.
+    """
+
+    matched: tuple[str, ...]
+    missing: dict[str, tuple[int, ...]]
+    left_over: dict[str, tuple[int, ...]]
+    misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every tensor is matched."""
+        return not (self.missing or self.left_over or self.misshapen)
+
+    def lines(self) -> list[str]:
+        """What does not fit, a line each."""
+        told = [f"missing in the bundle: {name} {shape}" for name, shape in self.missing.items()]
+        told += [f"left over in the bundle: {name} {shape}" for name, shape in self.left_over.items()]
+        return told + [f"misshapen: {name}, bundle {one}, network {other}" for name, (one, other) in self.misshapen.items()]
+
+
+def match_weights(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder") -> Match:
+    """Which tensors of the bundle's encoder or decoder fit `module`, which are missing, left over or misshapen; loads nothing.
+
+    More input channels count as a fit where `into` can adapt the first convolution to them. Raises: BadInput: a bundle without a decoder.
+    """
+    target = module.state_dict()
+    given = _given(bundle, part, target)
+    both = [name for name in target if name in given]
+    return Match(
+        matched=tuple(name for name in both if given[name].shape == target[name].shape),
+        missing={name: tuple(tensor.shape) for name, tensor in target.items() if name not in given},
+        left_over={name: tuple(tensor.shape) for name, tensor in given.items() if name not in target},
+        misshapen={
+            name: (tuple(given[name].shape), tuple(target[name].shape)) for name in both if given[name].shape != target[name].shape
+        },
+    )
+
+
+def into(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder") -> Match:
     """Load the bundle's encoder, or its decoder, into `module` by name, all or nothing.
 
     An encoder's first convolution is adapted to more input channels: its kernel is repeated and divided
@@ -194,24 +279,23 @@ def into(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder") -> Non
 
     Raises: BadInput: with the full list of missing, left-over and misshapen tensors; the module is then unchanged.
     """
+    found = match_weights(module, bundle, part=part)
+    target = module.state_dict()
+    if not found.fits:
+        told = found.lines()
+        raise BadInput(
+            f"the bundle (architecture {json.dumps(bundle.card.get('architecture'))}) does not fit this {part}: {len(told)} of "
+            f"{len(target)} tensors; choose the same net in the recipe:\n  " + "\n  ".join(told)
+        )
+    module.load_state_dict(_given(bundle, part, target), strict=True)
+    return found
+
+
+def _given(bundle: Bundle, part: NetPart, target: dict[str, Tensor]) -> dict[str, Tensor]:
     state = bundle.state if part == "encoder" else bundle.decoder
     if state is None:
         raise BadInput("the bundle must hold decoder.safetensors for its decoder to be loaded; found an encoder alone")
-    target = module.state_dict()
-    given = _widened(state, target) if part == "encoder" else state
-    faults = [f"missing in the bundle: {name} {tuple(target[name].shape)}" for name in target if name not in given]
-    faults += [f"left over in the bundle: {name} {tuple(given[name].shape)}" for name in given if name not in target]
-    faults += [
-        f"misshapen: {name}, bundle {tuple(given[name].shape)}, network {tuple(target[name].shape)}"
-        for name in target
-        if name in given and given[name].shape != target[name].shape
-    ]
-    if faults:
-        raise BadInput(
-            f"the bundle (architecture {json.dumps(bundle.card.get('architecture'))}) does not fit this {part}: {len(faults)} of "
-            f"{len(target)} tensors; choose the same net in the recipe:\n  " + "\n  ".join(faults)
-        )
-    module.load_state_dict(given, strict=True)
+    return _widened(state, target) if part == "encoder" else state
 
 
 def _widened(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -228,31 +312,3 @@ def _widened(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
     wide = tensor.repeat(1, times, 1, 1, 1) / times
     # One weight may stand under several names, as in nnU-Net's blocks.
     return state | {name: wide for name in target if name in state and target[name].data_ptr() == wanted.data_ptr()}
-
-
-def _model_card(card: dict[str, Any]) -> str:
-    sides = " x ".join(f"{s:g}" for s in card["spacing_mm"])
-    decoder = ""
-    if "decoder" in card:
-        decoder = f"\nThe decoder, with{'' if card['decoder']['skips'] else 'out'} skips, is loaded by `volssl.load_decoder`.\n"
-    return f"""---
-library_name: volssl
-tags: [medical-imaging, self-supervised, 3d, {card["intensity"]["modality"].lower()}]
----
-# Encoder pretrained with {card["method"]}
-
-- Architecture: `{json.dumps(card["architecture"])}`, {card["in_channels"]} input channel(s)
-- Voxels: {card["orientation"]}, {sides} mm; intensity `{json.dumps(card["intensity"])}`
-- Training: {card["steps"]} steps on {card["data"].get("train_scans", 0)} scans of {card["data"].get("train_patients", 0)} patients
-- Weights: sha256 `{card["sha256"]}`, volssl {card["volssl_version"]}
-
-```python
-from volssl import load_encoder
-encoder, card = load_encoder("bundle")
-features = encoder(x_BCXYZ)  # list of feature maps, finest first
-```
-{decoder}
-Cite: {"; ".join(card["citations"])}
-
-{card["licence"]}
-"""

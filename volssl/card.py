@@ -71,7 +71,9 @@ def read_card(folder: Path | str) -> dict[str, Any]:
 def _faults(card: Mapping[str, Any]) -> list[str]:
     faults = []
     architecture = card.get("architecture")
-    if not (isinstance(architecture, dict) and isinstance(architecture.get("name"), str) and isinstance(architecture.get("arguments"), dict)):
+    if not (
+        isinstance(architecture, dict) and isinstance(architecture.get("name"), str) and isinstance(architecture.get("arguments"), dict)
+    ):
         faults.append(f"`architecture` must hold a name and arguments; found {architecture!r}")
     spacing = card.get("spacing_mm")
     if not (isinstance(spacing, list) and len(spacing) == 3 and all(_positive(step) for step in spacing)):
@@ -135,7 +137,9 @@ def as_card_says(values: dict[str, Any], recipe: str | Path, overrides: Sequence
         start = _flat(recipes.load("prepare_ct" if wanted["modality"] == "CT" else "prepare_mr", verb="prepare"))
     other = [f"{key} must be {wanted[key]}; found {asked[key]}" for key in wanted if key in asked and asked[key] != wanted[key]]
     if other and accept is not True:
-        raise BadInput("like: the store must be as the bundle's card says; leave out, or set accept_mismatch=true:\n  " + "\n  ".join(other))
+        raise BadInput(
+            "like: the store must be as the bundle's card says; leave out, or set accept_mismatch=true:\n  " + "\n  ".join(other)
+        )
     return _nested(start | wanted | asked)
 
 
@@ -165,7 +169,14 @@ def model_card(card: Mapping[str, Any]) -> str:
     decoder = ""
     if "decoder" in card:
         decoder = f"\nThe decoder, with{'' if card['decoder']['skips'] else 'out'} skips, is loaded by `volssl.load_decoder`.\n"
-    tags = ["medical-imaging", "self-supervised-learning", "3d", intensity["modality"].lower(), card["method"], card["architecture"]["name"]]
+    tags = [
+        "medical-imaging",
+        "self-supervised-learning",
+        "3d",
+        intensity["modality"].lower(),
+        card["method"],
+        card["architecture"]["name"],
+    ]
     # JSON is YAML: nothing in a name can break the front matter.
     return f"""---
 license: other

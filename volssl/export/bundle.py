@@ -265,9 +265,7 @@ def match_weights(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder
         matched=tuple(name for name in both if given[name].shape == target[name].shape),
         missing={name: tuple(tensor.shape) for name, tensor in target.items() if name not in given},
         left_over={name: tuple(tensor.shape) for name, tensor in given.items() if name not in target},
-        misshapen={
-            name: (tuple(given[name].shape), tuple(target[name].shape)) for name in both if given[name].shape != target[name].shape
-        },
+        misshapen={name: (tuple(given[name].shape), tuple(target[name].shape)) for name in both if given[name].shape != target[name].shape},
     )
 
 

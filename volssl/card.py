@@ -1,4 +1,4 @@
-"""The card of a bundle: what the weights are and how voxels must be prepared for them. Read without torch, so that `prepare` can take it."""
+"""The card of a bundle: what the weights are and how voxels must be prepared for them. Read without torch, so that `prepare` can."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _positive(value: Any) -> bool:
 
 
 def preparation_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of finetune's `preparation:` that show a network the voxels of the card: spacing_mm, normalisation, patches and, for CT, window.
+    """The keys of finetune's `preparation:` that show a network the card's voxels: spacing_mm, normalisation, patches, and CT's window.
 
     CT keeps its window in Hounsfield units; in MR the window follows each image's percentiles.
     """

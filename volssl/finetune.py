@@ -20,7 +20,7 @@ from volssl.archive import write_nifti
 from volssl.cases import Augmentation, Folds, LabelledPatches, Prepared, Sampling, labelled_share, read_case, split
 from volssl.checkpoints import Checkpoints, StopSignal
 from volssl.datasets import Case, CaseTable, open_dataset
-from volssl.evaluate import MEAN, Score, score_case, write_scores
+from volssl.evaluate import Evaluation, headline, judge_case, write_judged
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, check_out, claim_out, read_json, track, write_json
 from volssl.fitting import Optimisation, Saving, kept, start, train
@@ -28,6 +28,7 @@ from volssl.journal import Journal, write_environment
 from volssl.nets.heads import SegmentationNet
 from volssl.nets.sides import side_fault
 from volssl.pictures import Overlay, overlay_png
+from volssl.protocols.protocol import Pair, Score
 from volssl.recipe import Part
 from volssl.segment import Inference, Model, Plan, Preparation, write_model
 from volssl.targets import check_regions
@@ -69,6 +70,7 @@ PARTS = {
     "augmentation": Augmentation,
     "optimisation": Optimisation,
     "inference": Inference,
+    "evaluation": Evaluation,
     "saving": Saving,
 }
 
@@ -88,6 +90,7 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     values = recipes.load(recipe, options.overrides, verb="finetune")
     made = recipes.parse(values, PARTS, str(recipe))
     table = read_table(made, data)
+    made["evaluation"].build().targets(table.labels, table.regions)  # what cannot be scored is told before hours of training
     folds = split(table, made["folds"])
     if not 0 <= options.fold < len(folds):
         raise BadInput(f"--fold must lie between 0 and {len(folds) - 1}; found {options.fold}")
@@ -98,7 +101,7 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     model = fit(task, out=out, options=options, inputs=inputs)
     if isinstance(model, Outcome):
         return model
-    return _validate(out, model, table, held_out)
+    return _validate(out, model, table, held_out, evaluation=made["evaluation"])
 
 
 @dataclass(frozen=True)
@@ -282,20 +285,21 @@ def _same_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resu
     write_json(out / "splits.json", splits)
 
 
-def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case]) -> Outcome:
+def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case], *, evaluation: Evaluation) -> Outcome:
     """Segment the held-out fold on its own grids; leave label maps, scores and pictures."""
-    scores: list[Score] = []
+    protocol, judged = evaluation.build(), []
+    targets = protocol.targets(table.labels, table.regions)
     for number, case in enumerate(track(held_out, total=len(held_out), label="validate")):
         image, reference = read_case(case, table)
         predicted = model.label_map(image)
         write_nifti(out / "validation" / f"{case.case_id}.nii.gz", predicted, image.grid, np.uint8)
-        of_case = score_case(case.case_id, Volume(predicted[None], image.grid), reference, table.labels)
-        scores += of_case
-        overlay = _overlay(image, Volume(predicted[None], image.grid), reference, of_case, table.labels)
+        pair = Pair(case.case_id, Volume(predicted[None], image.grid), reference, targets)
+        judged.append(judge_case(pair, protocol))
+        overlay = _overlay(image, pair.predicted, reference, list(judged[-1].rows), table.labels)
         # A picture goes into reports that are passed on: it bears the case's number in splits.json, not its name.
         overlay_png(out / "pictures" / f"overlay_{number:04d}.png", overlay, title=f"case {number}")
-    mean = write_scores(out / "validation", scores)["metrics"][MEAN]["dice"]["mean"]
-    return Outcome(out, message=f"mean Dice {mean:.4f} over {len(held_out)} held-out cases and {len(table.labels)} labels")
+    summary = write_judged(out / "validation", judged, protocol, evaluation.protocol)
+    return Outcome(out, message=f"{headline(summary)} over {len(held_out)} held-out cases and {len(targets)} labels")
 
 
 def _overlay(image: Volume, predicted: Volume, reference: Volume, scores: list[Score], labels: dict[str, int]) -> Overlay:
@@ -306,5 +310,5 @@ def _overlay(image: Volume, predicted: Volume, reference: Volume, scores: list[S
         predicted_XYZ=predicted.reoriented("RAS").array_CXYZ[0],
         spacing_mm=turned.grid.spacing_mm,
         labels=labels,
-        dice={score.label: score.value for score in scores},
+        dice={score.label: score.value for score in scores if score.metric == "dice"},
     )

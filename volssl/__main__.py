@@ -261,16 +261,10 @@ _command(
     "evaluate",
     "Score label maps or candidates: one row per case, region and metric.",
     {
-<<<<<<< HEAD
         "predictions": (argument(Path, "PREDICTIONS"), ASKED),
         "references": (argument(Path, "REFERENCES"), ASKED),
-        "recipe": (Recipe, ASKED),
-=======
-        "predictions": (_argument(Path, "PREDICTIONS"), ASKED),
-        "references": (_argument(Path, "REFERENCES"), ASKED),
-        "recipe": (_option(str | None, "A recipe of finetune, which names labels, regions and protocol."), None),
-        "protocol": (_option(str | None, "dice, brats2023, brats_voxel, lits2017 or luna16; else the recipe's, else dice."), None),
->>>>>>> a309b6b (Evaluation protocols: dice, brats2023, brats_voxel, lits2017, luna16)
+        "recipe": (option(str | None, "A recipe of finetune, which names labels, regions and protocol."), None),
+        "protocol": (option(str | None, "dice, brats2023, brats_voxel, lits2017 or luna16; else the recipe's, else dice."), None),
         "out": (Out, ASKED),
         "overwrite": ENDINGS["overwrite"],
     },

@@ -234,7 +234,7 @@ _command(
     {
         "recipe": (Recipe, ASKED),
         "data": (
-            option(Path, "Labelled cases, laid out as the Decathlon or nnU-Net v2 does."),
+            option(Path, "Labelled cases in a public layout: Decathlon, nnU-Net v2, BraTS, LiTS or LUNA16."),
             ASKED,
         ),
         "weights": (option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
@@ -242,6 +242,7 @@ _command(
         "fold": (option(int, "Which fold is held out.", min=0), 0),
         "labels": (Labels, 1.0),
         "seed": (option(int, "Seed of the first weights and of the draws."), 0),
+        "split": (option(Path | None, "Who is trained on and who held out: a file, or official. Else folds are drawn."), None),
         **ENDINGS,
         **OVERRIDES,
     },

@@ -17,13 +17,15 @@ import torch
 
 from volssl import recipe as recipes
 from volssl.archive import write_nifti
-from volssl.cases import Augmentation, Folds, LabelledPatches, Prepared, Sampling, labelled_share, read_case, split
+from volssl.cases import Augmentation, Folds, LabelledPatches, Prepared, Sampling, labelled_share
 from volssl.checkpoints import Checkpoints, StopSignal
-from volssl.datasets import Case, CaseTable, open_dataset
+from volssl.datasets import Case, CaseTable, Data, open_dataset, without_folders
+from volssl.division import Division, divide
 from volssl.evaluate import Evaluation, headline, judge_case, write_judged
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, check_out, claim_out, read_json, track, write_json
 from volssl.fitting import Optimisation, Saving, kept, start, train
+from volssl.intake import read_case
 from volssl.journal import Journal, write_environment
 from volssl.nets.heads import SegmentationNet
 from volssl.nets.sides import side_fault
@@ -40,23 +42,18 @@ class Options:
     """What the command line says about a run, beside recipe, data and out.
 
     Attributes: weights: bundle, or None for from scratch. fold: held out. labels: share (float) or count (int) of the training patients.
-        seed: of first weights and draws. resume, overwrite: as everywhere. overrides: `key=value` over the recipe.
+        seed: of first weights and draws. split: file of sides or "official", over the recipe's data.split. resume, overwrite: as
+        everywhere. overrides: `key=value` over the recipe.
     """
 
     weights: Path | None = None
     fold: int = 0
     labels: float = 1.0
     seed: int = 0
+    split: Path | None = None
     resume: bool = False
     overwrite: bool = False
     overrides: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Data:
-    """How the folder is read. layout: a name of `volssl.datasets`, or null to recognise it."""
-
-    layout: str | None = None
 
 
 PARTS = {
@@ -91,17 +88,14 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     made = recipes.parse(values, PARTS, str(recipe))
     table = read_table(made, data)
     made["evaluation"].build().targets(table.labels, table.regions)  # what cannot be scored is told before hours of training
-    folds = split(table, made["folds"])
-    if not 0 <= options.fold < len(folds):
-        raise BadInput(f"--fold must lie between 0 and {len(folds) - 1}; found {options.fold}")
-    held_out = folds[options.fold]
-    rest = [case for number, fold in enumerate(folds) if number != options.fold for case in fold]
-    chosen = labelled_share(rest, options.labels, made["folds"].seed)
-    task = Task(values, made, table, tuple(chosen), tuple(held_out), _splits(folds, chosen, held_out, made, options))
+    division = divide(table, made["folds"], given=options.split or made["data"].split, fold=options.fold)
+    chosen = labelled_share(division.train, options.labels, made["folds"].seed)
+    splits = _splits(division, chosen, made, options)
+    task = Task(without_folders(values), made, table, tuple(chosen), division.held_out, splits)
     model = fit(task, out=out, options=options, inputs=inputs)
     if isinstance(model, Outcome):
         return model
-    return _validate(out, model, table, held_out, evaluation=made["evaluation"])
+    return _validate(out, model, table, list(division.held_out), evaluation=made["evaluation"])
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,12 @@ def fit(task: Task, *, out: Path, options: Options, inputs: Sequence[Path] = ())
     if given is not None and plan.preparation.spacing_mm is None and not made["optimisation"].accept_mismatch:
         _same_voxels(patches.cases, given.card)
     claim_out(out, resume=options.resume, overwrite=options.overwrite, inputs=inputs)
-    _same_run(out, task.values, task.splits | {"weights_sha256": given.card["sha256"] if given else None}, resume=options.resume)
+    _same_run(
+        out,
+        task.values,
+        task.splits | {"notes": patches.notes, "weights_sha256": given.card["sha256"] if given else None},
+        resume=options.resume,
+    )
     current = start(plan, net, made, patches, seed=options.seed)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if options.resume and (state := checkpoints.load()) is not None:
@@ -151,7 +150,7 @@ def fit(task: Task, *, out: Path, options: Options, inputs: Sequence[Path] = ())
 
 def read_table(made: dict[str, Any], data: Path) -> CaseTable:
     """The cases of a folder with the labels of a parsed recipe. Raises: BadInput: as `open_dataset`, and labels at odds with the data."""
-    return _labelled(open_dataset(Path(data), made["data"].layout), made["labels"], made["regions"])
+    return _labelled(open_dataset(Path(data), data=made["data"]), made["labels"], made["regions"])
 
 
 def _labelled(table: CaseTable, labels: dict[str, int] | None, regions: dict[str, tuple[int, ...]] | None) -> CaseTable:
@@ -253,18 +252,21 @@ def _same(found: Any, wanted: Any) -> bool:
     return bool(np.allclose(found, wanted, rtol=0.02)) if isinstance(wanted, tuple) else found == wanted
 
 
-def _splits(folds: list[list[Case]], train: list[Case], held_out: list[Case], made: dict[str, Any], options: Options) -> dict[str, Any]:
-    def names(cases: list[Case]) -> list[str]:
+def _splits(division: Division, train: list[Case], made: dict[str, Any], options: Options) -> dict[str, Any]:
+    def names(cases: Sequence[Case]) -> list[str]:
         return [case.case_id for case in cases]
 
     return {
         "fold": options.fold,
         "labels": options.labels,
         "seed": options.seed,
+        "split": division.source,
         "split_seed": made["folds"].seed,
         "train": names(train),
-        "validation": names(held_out),
-        "folds": [names(fold) for fold in folds],
+        "validation": names(division.held_out),
+        "test": names(division.test),
+        "left_out": sorted({*names(division.left_out), *made["data"].leave_out}),
+        "folds": [names(fold) for fold in division.folds],
     }
 
 

@@ -1,15 +1,23 @@
 """Prediction: names, grids, and a bad input that does not stop the rest. The model is untrained: only what surrounds it counts."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
+import highdicom
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
+import torch
 
 from volssl.__main__ import run_verb
 from volssl.archive import read_image, write_nifti
+from volssl.dicom_write import uid, write_dicom_series
 from volssl.files import BadInput, read_csv
-from volssl.predict import run
-from volssl.segment import Model, Plan, write_model
-from volssl.volume import Grid
+from volssl.predict import Extras, run
+from volssl.segment import Model, Plan, read_model, write_model
+from volssl.volume import Grid, Volume
 
 GRID = Grid((12, 10, 8), np.diag([-1.0, 1.0, 2.5, 1.0]))
 
@@ -104,8 +112,8 @@ def test_channels_in_files_of_their_own(tmp_path):
 def test_refusals(folder, tmp_path):
     made = write_run(tmp_path / "run")
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(BadInput, match="must be nifti"):
-        run(made, [folder], out=tmp_path / "out", format="dicomseg")
+    with pytest.raises(BadInput, match="must be one of nifti, dicomseg"):
+        run(made, [folder], out=tmp_path / "out", format="png")
     with pytest.raises(BadInput, match="at least one image"):
         run(made, [tmp_path / "nothing"], out=tmp_path / "out")
     with pytest.raises(BadInput, match="several called one"):
@@ -136,7 +144,7 @@ def test_a_dicom_series_gets_a_name_that_tells_nothing(real_data, tmp_path):
 
 
 def test_a_full_disk_keeps_whole_label_maps_only(folder, tmp_path, small_disk, capsys):
-    model, out = write_run(tmp_path / "run"), small_disk("8k") / "out"  # room for the environment and one label map
+    model, out = write_run(tmp_path / "run"), small_disk("12k") / "out"  # room for the two files about the run and one label map
     assert run_verb("predict", {"run": model, "inputs": [folder], "out": out}) == 2
     assert f"--out {out}: No space left on device" in capsys.readouterr().err
     assert not list(out.rglob(".tmp-*"))
@@ -162,3 +170,162 @@ def test_overwrite_never_deletes_what_it_is_to_read(folder, tmp_path):
     with pytest.raises(BadInput, match="would delete the input"):
         run(model, [folder], out=tmp_path, overwrite=True)
     assert (folder / "one.nii.gz").exists()
+
+
+def write_other(folder, seed, **changes):
+    """Another fold of the same plan: other weights."""
+    plan = replace(read_model(write_run(folder)).plan, **changes)
+    torch.manual_seed(seed)
+    write_model(folder, Model(plan, plan.network()))
+    return folder
+
+
+def shares_of(folder):
+    return read_image(folder / "probabilities" / "one" / "liver.nii.gz").array_CXYZ[0]
+
+
+def test_an_ensemble_is_the_mean_of_the_shares(folder, tmp_path):
+    runs = [write_other(tmp_path / f"fold{seed}", seed) for seed in range(3)]
+    shares = []
+    for seed, run_folder in enumerate(runs):
+        run(run_folder, [folder], out=tmp_path / f"out{seed}", extras=Extras(probabilities=True))
+        shares.append(shares_of(tmp_path / f"out{seed}"))
+    run(runs[0], [folder], out=tmp_path / "all", extras=Extras(ensemble=runs[1:], probabilities=True))
+    np.testing.assert_allclose(shares_of(tmp_path / "all"), np.mean(shares, 0), atol=1e-4)
+    assert np.abs(shares[0] - shares[1]).max() > 0.01
+    label = read_image(tmp_path / "all" / "one.nii.gz").array_CXYZ[0]
+    np.testing.assert_array_equal(label == 1, np.mean(shares, 0) > 0.5)
+
+
+def test_runs_that_do_not_go_together(folder, tmp_path):
+    first = write_run(tmp_path / "run")
+    other = write_other(tmp_path / "other", 1, labels={"spleen": 1}, patch_vox=(16, 8, 8))
+    with pytest.raises(BadInput, match=r"(?s)labels must be that of the first run.*patch_vox must be"):
+        run(first, [folder], out=tmp_path / "out", extras=Extras(ensemble=[other]))
+
+
+def test_shares_are_whole_numbers_on_the_images_grid(folder, tmp_path):
+    run(write_run(tmp_path / "run"), [folder], out=tmp_path / "out", extras=Extras(probabilities=True))
+    path = tmp_path / "out" / "probabilities" / "one" / "liver.nii.gz"
+    written = nibabel.load(path)
+    assert written.get_data_dtype() == np.int16
+    assert (written.dataobj.slope, written.dataobj.inter) == (pytest.approx(1 / 32767), 0)
+    shares = written.get_fdata()
+    assert 0 < shares.min() < shares.max() < 1
+    assert read_image(path).grid.almost_equal(GRID)
+    image = SimpleITK.ReadImage(str(path))  # another reader sees the same
+    np.testing.assert_allclose(SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), shares, atol=1e-6)
+    labels = read_image(tmp_path / "out" / "one.nii.gz").array_CXYZ[0]
+    np.testing.assert_array_equal(labels == 1, shares > 0.5)
+    assert not list((tmp_path / "out").rglob(".tmp-*"))
+
+
+def test_resume_goes_on_where_it_stopped(folder, tmp_path):
+    made = write_run(tmp_path / "run")
+    series(tmp_path / "series")
+    inputs = [folder, tmp_path / "series"]
+    run(made, inputs, out=tmp_path / "out")
+    (dicom,) = (tmp_path / "out").glob("series_*")
+    (tmp_path / "out" / "one.nii.gz").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.nii.gz")}
+    run(made, inputs, out=tmp_path / "out", resume=True)
+    assert outputs(tmp_path / "out") == ["one.nii.gz", dicom.name, "two.nii.gz"]
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == at for name, at in before.items())
+    assert len(read_csv(tmp_path / "out" / "predictions.csv")) == 3
+    with pytest.raises(BadInput, match="the same models"):
+        run(write_other(tmp_path / "other", 1), inputs, out=tmp_path / "out", resume=True)
+    with pytest.raises(BadInput, match="the same probabilities"):
+        run(made, inputs, out=tmp_path / "out", resume=True, extras=Extras(probabilities=True))
+
+
+def test_what_nobody_foresaw_costs_one_image(folder, tmp_path, monkeypatch):
+    label_map = Model.label_map
+
+    def odd(self, volume, **options):
+        if volume.array_CXYZ[0, 0, 0, 0] == image(1)[0, 0, 0]:
+            raise RuntimeError("Doe^Jane")
+        return label_map(self, volume, **options)
+
+    monkeypatch.setattr(Model, "label_map", odd)
+    assert run(write_run(tmp_path / "run"), [folder], out=tmp_path / "out").failed == 1
+    (row,) = read_csv(tmp_path / "out" / "failures.csv")
+    assert row["input"] == "one"
+    assert row["reason"].startswith("unexpected_error: RuntimeError at test_predict.py:")
+
+
+def test_dicom_seg_by_the_verb(folder, tmp_path, capsys):
+    series(tmp_path / "mixed" / "series")
+    (tmp_path / "mixed" / "file.nii.gz").write_bytes((folder / "one.nii.gz").read_bytes())
+    model = undecided(tmp_path / "run")
+    options = {"run": model, "inputs": [tmp_path / "mixed"], "out": tmp_path / "out", "format": "dicomseg"}
+    assert run_verb("predict", options) == 3
+    (row,) = read_csv(tmp_path / "out" / "failures.csv")
+    assert row["input"] == "file" and "ask for --format nifti" in row["reason"]
+    (made,) = (tmp_path / "out").glob("series_*.dcm")
+    run(model, [tmp_path / "mixed" / "series"], out=tmp_path / "nifti")
+    (label,) = (tmp_path / "nifti").glob("*.nii.gz")
+    seg = highdicom.seg.segread(made).get_volume(combine_segments=True)
+    assert (seg.array == 1).sum() == (read_image(label).array_CXYZ == 1).sum() > 0
+
+
+def undecided(folder):
+    """A model that finds some of its label: the bias between its two classes lies amid what it tells of noise."""
+    made = read_model(write_other(folder, 0))
+    volume = Volume(image(3)[None], GRID)
+    shares = np.concatenate([part.numpy().copy().reshape(2, -1) for _, part in made.shares(volume)], 1)
+    with torch.no_grad():
+        made.net.heads[0].bias[0] += float(np.median(np.log(shares[1] / shares[0])))
+    write_model(folder, made)
+    return folder
+
+
+def series(folder):
+    tags = {"PatientID": "Doe", "StudyInstanceUID": uid("study"), "SeriesInstanceUID": uid("one"), "FrameOfReferenceUID": uid("frame")}
+    write_dicom_series(folder, image(3), GRID, tags=tags)
+
+
+PEAK = """
+import sys, numpy as np, torch
+from pathlib import Path
+from volssl.segment import Inference, Model, Plan, Preparation
+from volssl.volume import Grid, Volume
+
+class Constant(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.shares = torch.nn.Parameter(torch.arange(float(classes)))
+    def forward(self, x):
+        return self.shares.view(1, -1, 1, 1, 1).expand(len(x), -1, *x.shape[2:])
+
+def kib(what):
+    return int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0])
+
+def peak(slices, classes):
+    labels = {str(value): value for value in range(1, classes)}
+    plan = Plan({}, labels, ("CT",), (32, 32, 32), preparation=Preparation(spacing_mm=(1.0, 1.0, 1.0)), inference=Inference(batch=1))
+    volume = Volume(np.zeros((1, 64, 64, slices), np.int16), Grid((64, 64, slices), np.diag([1.0, 1, float(sys.argv[3]), 1])))
+    return Model(plan, Constant(classes)).label_map(volume)
+
+torch.set_num_threads(1)
+peak(40, 2)
+before = kib("VmRSS")
+assert (peak(int(sys.argv[1]), int(sys.argv[2])) == int(sys.argv[2]) - 1).all()
+print(kib("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spacing_mm", [1.0, 0.8])  # the network's own grid, and one that shares are moved from
+def test_memory_of_a_tall_scan_does_not_grow_with_the_classes(spacing_mm):
+    """Shares of all 14 classes would take 14 times 4 bytes per voxel, 176 MB more than those of 3 do."""
+    voxels = 64 * 64 * 1000
+
+    def peak(classes):
+        told = subprocess.run(
+            [sys.executable, "-c", PEAK, "1000", str(classes), str(spacing_mm)], capture_output=True, text=True, check=True
+        )
+        return 1024 * int(told.stdout)
+
+    few, many = peak(3), peak(14)
+    assert many - few < 0.25 * (14 - 3) * 4 * voxels
+    assert many < 14 * 4 * voxels

@@ -234,7 +234,7 @@ _command(
     {
         "recipe": (Recipe, ASKED),
         "data": (
-            option(Path, "Labelled cases in a public layout: Decathlon, nnU-Net v2, BraTS, LiTS or LUNA16."),
+            option(Path, "Labelled cases, laid out as the Decathlon or nnU-Net v2 does."),
             ASKED,
         ),
         "weights": (option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
@@ -242,7 +242,6 @@ _command(
         "fold": (option(int, "Which fold is held out.", min=0), 0),
         "labels": (Labels, 1.0),
         "seed": (option(int, "Seed of the first weights and of the draws."), 0),
-        "split": (option(Path | None, "Who is trained on and who held out: a file, or official. Else folds are drawn."), None),
         **ENDINGS,
         **OVERRIDES,
     },
@@ -254,18 +253,19 @@ _command(
         "run": (argument(Path, "RUN"), ASKED),
         "inputs": (argument(list[Path], "INPUT"), ASKED),
         "out": (Out, ASKED),
-        "format": (option(str, "Format: nifti."), "nifti"),
-        "overwrite": ENDINGS["overwrite"],
+        "ensemble": (option(list[Path], "A further run, such as another fold, whose shares count as much; once for each."), ()),
+        "format": (option(str, "Format: nifti; or dicomseg, for DICOM alone, which bears the patient's header."), "nifti"),
+        "probabilities": (option(bool, "Write the share of each label or region, too.", "--probabilities"), False),
+        **ENDINGS,
     },
 )
 _command(
     "evaluate",
-    "Score label maps or candidates: one row per case, region and metric.",
+    "Score label maps: one row per case and label.",
     {
         "predictions": (argument(Path, "PREDICTIONS"), ASKED),
         "references": (argument(Path, "REFERENCES"), ASKED),
-        "recipe": (option(str | None, "A recipe of finetune, which names labels, regions and protocol."), None),
-        "protocol": (option(str | None, "dice, brats2023, brats_voxel, lits2017 or luna16; else the recipe's, else dice."), None),
+        "recipe": (Recipe, ASKED),
         "out": (Out, ASKED),
         "overwrite": ENDINGS["overwrite"],
     },

@@ -7,6 +7,7 @@ the file, or of the box that a mended series is drawn on.
 
 from __future__ import annotations
 
+import gzip
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -287,3 +288,20 @@ def write_nifti(path: Path, array_XYZ: np.ndarray, grid: Grid, dtype: Any) -> No
     image.set_sform(grid.affine, code=1)
     with atomic(path) as temporary:
         nibabel.save(image, temporary)
+
+
+def write_scaled_nifti(path: Path, array_XYZ: np.ndarray, grid: Grid, *, slope: float) -> None:
+    """Write whole numbers that stand for `slope` times themselves as .nii.gz, atomically, plane by plane: the array may lie on disk."""
+    assert array_XYZ.shape == grid.shape_vox, (array_XYZ.shape, grid.shape_vox)
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(array_XYZ.dtype)
+    header.set_data_shape(array_XYZ.shape)
+    header.set_xyzt_units("mm")
+    header.set_qform(grid.affine, code=1)
+    header.set_sform(grid.affine, code=1)
+    header.set_slope_inter(slope, 0)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    with atomic(path) as temporary, gzip.open(temporary, "wb", compresslevel=3) as stream:
+        stream.write(header.binaryblock + bytes(4))  # no extensions
+        for plane_XY in np.moveaxis(array_XYZ, 2, 0):
+            stream.write(plane_XY.tobytes(order="F"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,6 +180,13 @@ class Plan:
         return len(self.regions) or len(self.values)
 
     @property
+    def share_channels(self) -> dict[str, int]:
+        """Name of each region, or of each label -> its channel of the shares."""
+        if self.regions:
+            return {name: channel for channel, name in enumerate(self.regions)}
+        return {name: self.values.index(value) for name, value in self.labels.items()}
+
+    @property
     def background(self) -> list[float]:
         """The shares of a voxel that is certainly in no label."""
         return [0.0] * len(self.regions) or [1.0, *(0.0 for _ in self.labels)]
@@ -230,10 +237,7 @@ class Model:
 
         Args: averaged: False allows multiples of the shares, from which `Plan.decide` makes the same of labels.
         """
-        if len(volume.array_CXYZ) != len(self.plan.channels):
-            raise BadInput(
-                f"image must have {len(self.plan.channels)} channel(s): {', '.join(self.plan.channels)}; found {len(volume.array_CXYZ)}"
-            )
+        self.check(volume)
         inference, turned = self.plan.inference, volume.grid.reoriented("RAS")
         prepared = self.plan.preparation.image(volume)
         runs = slabs(
@@ -246,6 +250,13 @@ class Model:
         )
         with _evaluating((self.net, *self.others)):
             yield from onto_original(runs, prepared.grid, volume.grid)
+
+    def check(self, volume: Volume) -> None:
+        """Raises: BadInput: another number of channels than the model's."""
+        if len(volume.array_CXYZ) != len(self.plan.channels):
+            raise BadInput(
+                f"image must have {len(self.plan.channels)} channel(s): {', '.join(self.plan.channels)}; found {len(volume.array_CXYZ)}"
+            )
 
     @torch.no_grad()
     def _window(self, x_BCXYZ: Tensor) -> Tensor:
@@ -312,3 +323,20 @@ def read_model(run: Path, device: torch.device | str = "cpu") -> Model:
         raise BadInput(f"{weights}: must fit the network of model.json; {error}") from None
     net.to(device=device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
     return Model(plan, net.eval())
+
+
+def read_ensemble(runs: Sequence[Path], device: torch.device | str = "cpu") -> Model:
+    """Read the models of several runs as one, whose shares are the mean of theirs.
+
+    Raises: BadInput: as `read_model`; runs that differ in more than their networks.
+    """
+    first, *others = (read_model(run, device) for run in runs)
+    told = [
+        f"{run}: {one.name} must be that of the first run, {getattr(first.plan, one.name)}; found {getattr(other.plan, one.name)}"
+        for run, other in zip(runs[1:], others, strict=True)
+        for one in fields(Plan)
+        if one.name not in ("architecture", "deep_supervision") and getattr(other.plan, one.name) != getattr(first.plan, one.name)
+    ]
+    if told:
+        raise BadInput("--ensemble: runs must have been trained alike, such as the folds of one recipe:\n  " + "\n  ".join(told))
+    return replace(first, others=tuple(other.net for other in others))

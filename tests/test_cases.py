@@ -10,10 +10,11 @@ from labelled import LABELS, write_msd
 
 from volssl.archive import write_nifti
 from volssl.augment.spatial import Affine
-from volssl.cases import Augmentation, Batch, Folds, LabelledPatches, Sampling, cut, labelled_share, read_case, split
+from volssl.cases import Augmentation, Batch, Folds, LabelledPatches, Sampling, cut, labelled_share, split
 from volssl.datasets import Case, CaseTable, open_dataset
 from volssl.draws import Draws
 from volssl.files import BadInput
+from volssl.intake import read_case
 from volssl.segment import Preparation
 from volssl.volume import Grid
 

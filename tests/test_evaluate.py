@@ -5,8 +5,9 @@ import pytest
 
 from volssl.__main__ import run_verb
 from volssl.archive import write_nifti
-from volssl.evaluate import Score, dice, run, score_case, summarise
+from volssl.evaluate import Evaluation, Score, run, score_case, summarise
 from volssl.files import BadInput, read_csv
+from volssl.protocols.protocol import overlap as dice
 from volssl.volume import Grid, Volume
 
 GRID = Grid((4, 4, 4), np.diag([1.0, 1.0, 2.0, 1.0]))
@@ -173,3 +174,136 @@ def test_a_disk_that_fills_up_at_any_file_is_one_clear_error(folders, no_room_af
     assert run_verb("evaluate", {"predictions": predictions, "references": references, "recipe": recipe, "out": out}) == 2
     assert f"--out {out}: No space left on device" in capsys.readouterr().err
     assert len(list(out.iterdir())) == files
+
+
+# ------------------------------------------------------------------------------------------------ protocols
+
+
+def table_of(out) -> dict[tuple[str, str, str], float]:
+    return {(row["case"], row["label"], row["metric"]): float(row["value"]) for row in read_csv(out / "cases.csv")}
+
+
+def test_the_protocol_is_the_recipes_or_the_options(folders):
+    predictions, references, recipe, out = folders
+    run(predictions, references, recipe=recipe, out=out, protocol="lits2017")
+    assert json.loads((out / "summary.json").read_text())["protocol"] == "lits2017"
+    recipe.write_text(RECIPE + "evaluation: {protocol: lits2017}\n")
+    run(predictions, references, recipe=recipe, out=out, overwrite=True)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["protocol"] == "lits2017" and "recall_50" in summary["metrics"]["lesion"]
+    run(predictions, references, recipe=recipe, out=out, overwrite=True, protocol="dice")
+    assert json.loads((out / "summary.json").read_text())["protocol"] == "dice"
+
+
+@pytest.mark.parametrize(
+    ("lines", "protocol", "words"),
+    [
+        ("", "brats2022", "must be one of brats2023, brats_voxel, dice, lits2017, luna16"),
+        ("evaluation: {protocol: brats2023, settings: {dilate: 3}}", None, "known are: dilation, least_mm3, worst_mm"),
+        ("evaluation: {protocol: brats2023, settings: {dilation: -1}}", None, "dilation and least_mm3"),
+        ("evaluation: {protocoll: dice}", None, "known are: protocol, settings"),
+        ("labels: {a: 1, b: 2, c: 9}", "brats2023", "values 1, 2, 4"),
+        ("labels: {a: 1}", "lits2017", "a liver and the tumours"),
+    ],
+)
+def test_a_protocol_that_cannot_be_is_refused_before_out_is_touched(folders, lines, protocol, words):
+    predictions, references, recipe, out = folders
+    recipe.write_text(f"verb: finetune\n{lines}\n")
+    with pytest.raises(BadInput, match=words):
+        run(predictions, references, recipe=recipe, out=out, protocol=protocol)
+    assert not out.exists()
+
+
+def test_settings_reach_the_protocol():
+    assert vars(Evaluation("brats2023", {"dilation": 1, "least_mm3": 2}).build()) == {"dilation": 1, "least_mm3": 2.0, "worst_mm": 374.0}
+
+
+def test_regions_of_the_recipe_are_scored(folders):
+    predictions, references, recipe, out = folders
+    recipe.write_text(RECIPE + "regions: {whole: [1, 2], lesion: [2]}\n")
+    run(predictions, references, recipe=recipe, out=out)
+    # b: 2 + 1 of 4 slabs predicted, 2 + 1 expected, 1 + 1 in common.
+    assert table_of(out)[("b", "whole", "dice")] == pytest.approx(2 * 2 / 6, abs=1e-6)
+
+
+def test_without_a_recipe_every_value_is_a_label(folders):
+    predictions, references, _, out = folders
+    assert run(predictions, references, out=out).message == "mean Dice 0.8750 over 2 cases, protocol dice"
+
+
+@pytest.mark.parametrize(("protocol", "worst"), [("brats2023", 374.0), ("brats_voxel", 373.128664), ("lits2017", 9001.0)])
+def test_a_case_without_a_prediction_gets_the_worst_of_everything(folders, protocol, worst):
+    predictions, references, recipe, out = folders
+    run(predictions, references, recipe=recipe, out=out, protocol=protocol)
+    before, whole = json.loads((out / "summary.json").read_text())["metrics"], table_of(out)
+    (predictions / "a.nii.gz").unlink()
+    assert run(predictions, references, recipe=recipe, out=out, protocol=protocol, overwrite=True).failed == 1
+    after, found = json.loads((out / "summary.json").read_text())["metrics"], table_of(out)
+    assert whole.keys() == found.keys()
+    assert max(value for (case, _, _), value in found.items() if case == "a") == worst
+    assert {value for (case, _, metric), value in found.items() if case == "a" and metric.endswith("dice")} == {0.0}
+    assert after["mean"]["dice"]["mean"] < before["mean"]["dice"]["mean"]
+    for region, metrics in before.items():
+        for metric, numbers in metrics.items():
+            if "dice" in metric and metric in after[region]:
+                assert after[region][metric]["mean"] <= numbers["mean"]
+
+
+def test_a_reference_that_cannot_be_read_still_leaves_its_case_in_the_mean(folders):
+    predictions, references, recipe, out = folders
+    (references / "b.nii.gz").write_bytes(b"no image")
+    assert run(predictions, references, recipe=recipe, out=out, protocol="brats_voxel").failed == 1
+    assert {value for (case, _, metric), value in table_of(out).items() if case == "b" and metric == "dice"} == {0.0}
+
+
+# ------------------------------------------------------------------------------------------------ candidates
+
+
+@pytest.fixture
+def luna(tmp_path):
+    findings = tmp_path / "luna"
+    findings.mkdir()
+    (findings / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\ns1,-1.5,-1.5,4,5\ns2,0,0,0,8\n")
+    (findings / "annotations_excluded.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\ns1,60,0,0,-1\n")
+    (findings / "seriesuids.csv").write_text("s1\ns2\ns3\n")
+    (tmp_path / "candidates.csv").write_text(
+        "seriesuid,coordX,coordY,coordZ,probability\ns1,-1,-1,4,0.9\ns1,61,0,0,0.95\ns1,200,0,0,0.3\ns3,0,0,0,0.5\n"
+    )
+    return tmp_path / "candidates.csv", findings, tmp_path / "out"
+
+
+def test_candidates_against_findings(luna):
+    candidates, findings, out = luna
+    assert run(candidates, findings, out=out, protocol="luna16").failed == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["n_cases"] == 3
+    nodule = summary["metrics"]["nodule"]
+    # One of two nodules is hit above all that is false; three scans are in the denominator.
+    assert nodule["cpm"]["mean"] == nodule["sensitivity_0.125"]["mean"] == 0.5
+    assert nodule["auc"]["mean"] == 1.0
+    assert table_of(out)[("s1", "nodule", "ignored_marks")] == 1
+    assert table_of(out)[("s2", "nodule", "hits")] == 0
+
+
+def test_label_maps_against_findings(luna):
+    _, findings, out = luna
+    (findings / "seriesuids.csv").write_text("s1\ns3\n")
+    label_map = np.zeros((4, 4, 4), dtype=np.uint8)
+    label_map[1:3, 1:3, 1:4] = 1  # centre at voxel (1.5, 1.5, 2): RAS (1.5, 1.5, 4) mm, LPS (-1.5, -1.5, 4)
+    predictions = out.parent / "maps"
+    write_nifti(predictions / "s1.nii.gz", label_map, GRID, np.uint8)
+    assert run(predictions, findings, out=out, protocol="luna16").failed == 1  # s3 has no prediction, and counts
+    assert [row["case"] for row in read_csv(out / "failures.csv")] == ["s3"]
+    assert json.loads((out / "summary.json").read_text())["metrics"]["nodule"]["cpm"]["mean"] == 1
+
+
+def test_other_protocols_and_other_references_do_not_take_candidates(luna, folders):
+    candidates, findings, out = luna
+    with pytest.raises(BadInput, match="luna16"):
+        run(candidates, findings, out=out)
+    with pytest.raises(BadInput, match=r"annotations\.csv"):
+        run(candidates, folders[1], out=out, protocol="luna16")
+    candidates.write_text("seriesuid,coordX,coordY,coordZ\ns1,1,1,1\n")
+    with pytest.raises(BadInput, match="probability"):
+        run(candidates, findings, out=out, protocol="luna16")
+    assert not out.exists()

@@ -248,7 +248,7 @@ def test_options_reach_the_function_with_their_types(verb):
         got.update(options)
         return Outcome(Path("o"))
 
-    def run_it(recipe, *, data, weights, out, fold, labels, seed, resume, overwrite, overrides):
+    def run_it(recipe, *, data, weights, out, fold, labels, seed, split, resume, overwrite, overrides):
         return take(**locals())
 
     run_it.__annotations__ = dict.fromkeys(inspect.signature(run_it).parameters, object)
@@ -259,7 +259,7 @@ def test_options_reach_the_function_with_their_types(verb):
     assert list(got.pop("overrides")) == ["a.b=1", "c=[2, 3]"]
     got.pop("take", None)
     assert got == {
-        "recipe": "r", "data": Path("d"), "weights": None, "out": Path("o"), "fold": 2, "labels": 12, "seed": 0,
+        "recipe": "r", "data": Path("d"), "weights": None, "out": Path("o"), "fold": 2, "labels": 12, "seed": 0, "split": None,
         "resume": False, "overwrite": False,
     }  # fmt: skip
 

@@ -234,7 +234,7 @@ _command(
     {
         "recipe": (Recipe, ASKED),
         "data": (
-            option(Path, "Labelled cases, laid out as the Decathlon or nnU-Net v2 does."),
+            option(Path, "Labelled cases in a public layout: Decathlon, nnU-Net v2, BraTS, LiTS or LUNA16."),
             ASKED,
         ),
         "weights": (option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
@@ -242,6 +242,7 @@ _command(
         "fold": (option(int, "Which fold is held out.", min=0), 0),
         "labels": (Labels, 1.0),
         "seed": (option(int, "Seed of the first weights and of the draws."), 0),
+        "split": (option(Path | None, "Who is trained on and who held out: a file, or official. Else folds are drawn."), None),
         **ENDINGS,
         **OVERRIDES,
     },
@@ -261,11 +262,12 @@ _command(
 )
 _command(
     "evaluate",
-    "Score label maps: one row per case and label.",
+    "Score label maps or candidates: one row per case, region and metric.",
     {
         "predictions": (argument(Path, "PREDICTIONS"), ASKED),
         "references": (argument(Path, "REFERENCES"), ASKED),
-        "recipe": (Recipe, ASKED),
+        "recipe": (option(str | None, "A recipe of finetune, which names labels, regions and protocol."), None),
+        "protocol": (option(str | None, "dice, brats2023, brats_voxel, lits2017 or luna16; else the recipe's, else dice."), None),
         "out": (Out, ASKED),
         "overwrite": ENDINGS["overwrite"],
     },

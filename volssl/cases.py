@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from volssl.archive import read_image, read_label
 from volssl.augment.intensity import Blur, Contrast, Gamma, Noise
 from volssl.augment.spatial import Affine, Box, take
 from volssl.augment.transform import AbstractTransform
 from volssl.datasets import Case, CaseTable
 from volssl.draws import Draws, generator
-from volssl.evaluate import describe, unknown_values
 from volssl.files import BadInput, track
+from volssl.intake import take_case
 from volssl.segment import Preparation
 from volssl.volume import Volume
 
@@ -145,30 +144,6 @@ def labelled_share(cases: Sequence[Case], labels: float, seed: int) -> list[Case
     return [case for case in cases if case.patient_id in chosen]
 
 
-def read_case(case: Case, table: CaseTable) -> tuple[Volume, Volume]:
-    """Image (all channels) and label map of a case. Raises: BadInput: with everything about the case that does not hold."""
-    if case.label is None:
-        raise BadInput(f"{case.case_id}: must have a label map; found none")
-    label = read_label(case.label)
-    images = [read_image(path) for path in case.images]
-    grid = images[0].grid
-    tolerance_mm = 0.1 * min(grid.spacing_mm)
-    faults = []
-    for name, volume in (*zip(table.channels[1:], images[1:], strict=False), ("label", label)):
-        if not volume.grid.almost_equal(grid, tolerance_mm=tolerance_mm):
-            faults.append(f"{name} must lie on the image's grid, {describe(images[0])}; found {describe(volume)}")
-    if len(label.array_CXYZ) != 1:
-        faults.append(f"label must have one channel; found {len(label.array_CXYZ)}")
-    channels = sum(len(image.array_CXYZ) for image in images)
-    if channels != len(table.channels):
-        faults.append(f"image must have {len(table.channels)} channel(s) ({', '.join(table.channels)}); found {channels}")
-    if unknown := unknown_values(label.array_CXYZ, table.labels):
-        faults.append(f"label values must be 0 or one of {table.labels}; found {unknown}; add them to the recipe's `labels`")
-    if faults:
-        raise BadInput(f"{case.case_id}: " + "; ".join(faults))
-    return Volume(np.concatenate([image.array_CXYZ for image in images]), grid), Volume(label.array_CXYZ, grid)
-
-
 class LabelledPatches:
     """The prepared training cases and the batches drawn from them.
 
@@ -183,17 +158,20 @@ class LabelledPatches:
         self._folder = tempfile.TemporaryDirectory(prefix="volssl-cases-")
         self._used_bytes = 0
         self.cases: list[Prepared] = []
+        self.notes: dict[str, list[str]] = {}  # case -> what rules settled about it
         complaints = []
         checked = {case.case_id for case in held_out}
         everything = [*train, *held_out]
         for case in track(everything, total=len(everything), label="read cases"):
             try:
-                image, label = read_case(case, table)
+                taken = take_case(case, table)
             except BadInput as error:
                 complaints.append(str(error))
                 continue
+            if taken.notes:
+                self.notes[case.case_id] = list(taken.notes)
             if case.case_id not in checked:
-                self.cases.append(self._prepare(case, table, image, label, preparation=preparation))
+                self.cases.append(self._prepare(case, table, taken.image, taken.label, preparation=preparation))
         if complaints:
             raise BadInput(
                 f"{len(complaints)} of {len(everything)} cases cannot be used; mend or remove them:\n  " + "\n  ".join(complaints)

@@ -1,14 +1,14 @@
-"""Verb evaluate: label maps against references, one row per case and label, and a summary with bootstrap intervals.
+"""Verb evaluate: predictions against references by a named protocol: one row per case, region and metric, and a summary with intervals.
 
-Dice = 2 |P and R| / (|P| + |R|), per case and label, on the reference's own voxels. Rule for empty cases (protocol `dice`): a label absent
-from both maps scores 1, from one 0, both noted. No case leaves the mean: a case without a prediction scores 0 on every label and is failed.
+Predictions are label maps, or for protocol `luna16` a table of candidates. No case leaves a mean: one that cannot be scored is failed and
+gets the protocol's worst values. The protocols are on the shelf `protocols`; docs/evaluate.md has their rules.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +16,72 @@ import numpy as np
 
 from volssl import recipe as recipes
 from volssl.archive import read_label
+from volssl.candidates import References, candidates_of, is_findings, read_candidates, read_references
 from volssl.datasets import SUFFIXES, stem, whole_numbers
-from volssl.draws import generator
-from volssl.files import BadInput, Outcome, claim_out, track, write_csv, write_json
+from volssl.files import BadInput, Outcome, check_out, claim_out, tell, track, write_csv, write_json
+from volssl.froc import Candidates, Findings, Scan
+from volssl.intervals import mean_interval
+from volssl.protocols.dice import Dice
+from volssl.protocols.protocol import AbstractProtocol, Judged, Pair, Score, Targets, metric_of
+from volssl.targets import targets_of
 from volssl.volume import Volume
 
-PROTOCOL = "dice"
 COLUMNS = ("case", "label", "metric", "value", "note")
-MEAN = "mean"  # region of the summary: each case's mean over the labels
-RESAMPLINGS = 2000
+MEAN = "mean"  # region of the summary: each case's mean over the regions
+UNSCORED = "not scored, the worst value by rule: see failures.csv"
 
 
 @dataclass(frozen=True)
-class Score:
-    """One row of cases.csv."""
+class Evaluation:
+    """What a recipe says of its evaluation. protocol: a name of the shelf `protocols`. settings: its arguments, by default its own."""
 
-    case: str
-    label: str
-    metric: str
-    value: float
-    note: str = ""
+    protocol: str = "dice"
+    settings: dict[str, Any] = field(default_factory=dict)
 
-
-def dice(predicted: np.ndarray, reference: np.ndarray) -> tuple[float, str]:
-    """Dice of two boolean masks of one shape, in [0, 1], and a note on how an empty one was scored."""
-    predicted_vox, reference_vox = int(predicted.sum()), int(reference.sum())
-    if predicted_vox + reference_vox == 0:
-        return 1.0, "absent from reference and prediction: 1 by rule"
-    if predicted_vox == 0:
-        return 0.0, "missed: absent from the prediction"
-    if reference_vox == 0:
-        return 0.0, "absent from the reference, but predicted"
-    return 2 * int((predicted & reference).sum()) / (predicted_vox + reference_vox), ""
+    def build(self) -> AbstractProtocol:
+        """The protocol. Raises: BadInput: an unknown name or setting."""
+        target = recipes.find("protocols", self.protocol)
+        return target(**recipes.arguments(target, self.settings, "evaluation.settings"))
 
 
 def score_case(case: str, predicted: Volume, reference: Volume, labels: Mapping[str, int]) -> list[Score]:
-    """The scores of one case.
+    """Dice of one case, a row per label. Args: labels: name -> value. Raises: BadInput: as `judge_case`."""
+    return list(judge_case(Pair(case, predicted, reference, targets_of(labels, {})), Dice()).rows)
 
-    Args: predicted, reference: label maps of one channel. labels: name -> value.
-    Raises: BadInput: grids that differ, or a value that no label has.
-    """
-    if not predicted.grid.almost_equal(reference.grid):
+
+def judge_case(pair: Pair, protocol: AbstractProtocol) -> Judged:
+    """What a protocol makes of one case. Raises: BadInput: grids that differ, or a value that no target has."""
+    check_pair(pair)
+    return protocol.judge(pair)
+
+
+def check_pair(pair: Pair) -> None:
+    """Raises: BadInput: grids that differ, or a value that no target has."""
+    if not pair.predicted.grid.almost_equal(pair.reference.grid):
         raise BadInput(
-            f"{case}: prediction and reference must lie on one grid; found {describe(predicted)} and {describe(reference)}; "
+            f"{pair.case}: prediction and reference must lie on one grid; found {describe(pair.predicted)} and {describe(pair.reference)}; "
             "predict on the image's own grid"
         )
+    values = {value for of in pair.targets.values() for value in of}
     faults = [
         f"{which} holds the values {unknown}"
-        for which, volume in (("prediction", predicted), ("reference", reference))
-        if (unknown := unknown_values(volume.array_CXYZ, labels))
+        for which, volume in (("prediction", pair.predicted), ("reference", pair.reference))
+        if (unknown := unknown_values(volume.array_CXYZ, values))
     ]
     if faults:
-        raise BadInput(f"{case}: every value must be 0 or one of {dict(labels)}; {', '.join(faults)}")
-    rows = []
-    for name, value in labels.items():
-        number, note = dice(predicted.array_CXYZ[0] == value, reference.array_CXYZ[0] == value)
-        rows.append(Score(case, name, "dice", number, note))
-    return rows
+        raise BadInput(f"{pair.case}: every value must be 0 or one of {dict(pair.targets)}; {', '.join(faults)}")
+
+
+def unscored(case: str, targets: Targets, protocol: AbstractProtocol, reference: Volume | None = None) -> Judged:
+    """What a case scores whose prediction is missing or cannot be read: worst values, and all that the reference holds is missed."""
+    if reference is None:
+        return Judged(tuple(Score(case, name, metric, value, UNSCORED) for name in targets for metric, value in protocol.worst.items()))
+    judged = protocol.judge(Pair(case, reference, reference, targets).unpredicted())
+    return replace(judged, rows=tuple(_worst(row, protocol) for row in judged.rows))
+
+
+def _worst(row: Score, protocol: AbstractProtocol) -> Score:
+    return replace(row, value=protocol.worst[row.metric], note=UNSCORED) if row.metric in protocol.worst else row
 
 
 def describe(volume: Volume) -> str:
@@ -82,104 +91,206 @@ def describe(volume: Volume) -> str:
     return f"{sides} at {tuple(round(s, 3) for s in grid.spacing_mm)} mm {grid.orientation} from {np.round(grid.affine[:3, 3], 2).tolist()}"
 
 
-def unknown_values(array: np.ndarray, labels: Mapping[str, int]) -> list[int]:
+def unknown_values(array: np.ndarray, labels: Mapping[str, int] | set[int]) -> list[int]:
     """Values of a label map that are neither 0 nor a label's."""
-    return sorted({int(value) for value in np.unique(array)} - {0, *labels.values()})
+    known = labels if isinstance(labels, set) else set(labels.values())
+    return sorted({int(value) for value in np.unique(array)} - {0, *known})
 
 
-def summarise(scores: Sequence[Score]) -> dict[str, Any]:
-    """The summary of contract.md; `sd` is the sample's, `ci95` a percentile bootstrap over cases with a fixed seed."""
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def summarise(scores: Sequence[Score], *, protocol: str = "dice", pooled: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """The summary of contract.md; `sd` is the sample's, `ci95` a percentile bootstrap over cases with a fixed seed.
+
+    Args: pooled: figures over all cases, which go beside the means. A metric's mean is over the cases for which it is defined; the
+    region `mean` holds only metrics that every region has for every case.
+    """
     by_region: dict[str, dict[str, dict[str, float]]] = {}
     for score in scores:
-        by_region.setdefault(score.label, {}).setdefault(score.metric, {})[score.case] = score.value
+        if score.value is not None:
+            by_region.setdefault(score.label, {}).setdefault(score.metric, {})[score.case] = score.value
     cases = sorted({score.case for score in scores})
-    per_case = {
-        metric: {case: statistics.fmean(values[metric][case] for values in by_region.values()) for case in cases}
-        for metric in _metrics(scores)
+    per_case: dict[str, dict[str, float]] = {}
+    for metric in sorted({score.metric for score in scores if metric_of(score.metric).better != "none"}):
+        columns = [values.get(metric, {}) for values in by_region.values()]
+        if all(len(column) == len(cases) for column in columns):
+            per_case[metric] = {case: statistics.fmean(column[case] for column in columns) for case in cases}
+    metrics: dict[str, dict[str, Any]] = {
+        region: {metric: mean_interval([values[case] for case in sorted(values)]) for metric, values in of_region.items()}
+        for region, of_region in (by_region | ({MEAN: per_case} if per_case else {})).items()
     }
-    by_region[MEAN] = per_case
-    metrics = {
-        region: {metric: _interval([values[case] for case in sorted(values)]) for metric, values in of_region.items()}
-        for region, of_region in by_region.items()
-    }
-    return {"protocol": PROTOCOL, "n_cases": len(cases), "metrics": metrics}
+    for region, figures in (pooled or {}).items():
+        metrics.setdefault(region, {}).update(figures)
+    return {"protocol": protocol, "n_cases": len(cases), "metrics": metrics}
 
 
-def _metrics(scores: Sequence[Score]) -> list[str]:
-    return sorted({score.metric for score in scores})
-
-
-def _interval(values: Sequence[float]) -> dict[str, Any]:
-    array = np.array(values)
-    drawn = generator(0, "bootstrap").integers(len(array), size=(RESAMPLINGS, len(array)))
-    low, high = np.quantile(array[drawn].mean(axis=1), (0.025, 0.975))
-    return {
-        "mean": float(array.mean()),
-        "sd": float(array.std(ddof=1)) if len(array) > 1 else 0.0,
-        "ci95": [float(low), float(high)],
-        "n": len(array),
-    }
-
-
-def write_scores(out: Path, scores: Sequence[Score]) -> dict[str, Any]:
+def write_scores(
+    out: Path, scores: Sequence[Score], *, protocol: str = "dice", pooled: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Write cases.csv and summary.json into `out` and return the summary."""
-    write_csv(out / "cases.csv", [vars(score) | {"value": f"{score.value:.6f}"} for score in scores], COLUMNS)
-    summary = summarise(scores)
+    rows = [vars(score) | {"value": "" if score.value is None else f"{score.value:.6f}"} for score in scores]
+    write_csv(out / "cases.csv", rows, COLUMNS)
+    summary = summarise(scores, protocol=protocol, pooled=pooled)
     write_json(out / "summary.json", summary)
     return summary
 
 
-def run(predictions: Path, references: Path, *, recipe: str | Path, out: Path, overwrite: bool = False) -> Outcome:
+def write_judged(out: Path, judged: Sequence[Judged], protocol: AbstractProtocol, name: str) -> dict[str, Any]:
+    """The same for judged cases, with the protocol's figures over all of them. Args: name: of the protocol."""
+    return write_scores(out, [row for one in judged for row in one.rows], protocol=name, pooled=protocol.pooled(judged))
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The figure that stands for all: lesion-wise Dice, else Dice, as means over the regions, else the CPM."""
+    metrics: Mapping[str, Any] = summary["metrics"]
+    for metric, words in (("lesion_dice", "mean lesion-wise Dice"), ("dice", "mean Dice")):
+        if metric in metrics.get(MEAN, {}):
+            return f"{words} {metrics[MEAN][metric]['mean']:.4f}"
+    cpm = [of["cpm"]["mean"] for of in metrics.values() if "cpm" in of]
+    return f"CPM {cpm[0]:.4f}" if cpm else "no mean over all regions"
+
+
+# ------------------------------------------------------------------------------------------------ the verb
+
+
+def run(
+    predictions: Path,
+    references: Path,
+    *,
+    out: Path,
+    recipe: str | Path | None = None,
+    protocol: str | None = None,
+    overwrite: bool = False,
+) -> Outcome:
     """Score a folder of label maps against a folder of references with the same file names (the format may differ).
 
-    Args: recipe: of finetune; its `labels` name the values. Where they are null, every value of the references is a label of its own name.
+    For protocol luna16 the references may be a folder with annotations.csv, and the predictions a table of candidates or label maps.
+
+    Args: recipe: of finetune; its `labels` and `regions` name the values, its `evaluation` the protocol. Without labels, every value of the
+        references is a label. protocol: in place of the recipe's; without either `dice`.
     Returns: failed counts the cases that could not be scored: a missing prediction or reference, another grid, an unknown value.
-    Raises: BadInput: a folder without label maps, two without a common name, or a recipe that is none of finetune's.
+    Raises: BadInput: a folder without label maps, two without a common name, a recipe that is none of finetune's, an unknown protocol, a
+        table with missing columns, scores that are no numbers or unknown scans.
     """
-    labels = _labels_of(recipe)
-    predicted, expected = _maps(Path(predictions), "predictions"), _maps(Path(references), "references")
+    predictions, references, out = Path(predictions), Path(references), Path(out)
+    values = recipes.load(recipe, verb="finetune") if recipe is not None else {}
+    chosen = _evaluation(values, protocol)
+    built = chosen.build()
+    check_out(out, overwrite=overwrite, inputs=(predictions, references))
+    if is_findings(references) or predictions.suffix.lower() == ".csv":
+        jobs = _scan_jobs(predictions, references, built)
+    else:
+        jobs = _pair_jobs(predictions, references, values, built)
+    claim_out(out, overwrite=overwrite, inputs=(predictions, references))
+    judged: list[Judged] = []
+    failures: list[dict[str, str]] = []
+    for case, job in track(jobs.items(), total=len(jobs), label="evaluate"):
+        found, reason = job()
+        judged += [found] if found else []
+        failures += [{"case": case, "reason": reason}] if reason else []
+    write_csv(out / "failures.csv", failures, ("case", "reason"))
+    summary = write_judged(out, judged, built, chosen.protocol)
+    return Outcome(out, failed=len(failures), message=f"{headline(summary)} over {summary['n_cases']} cases, protocol {chosen.protocol}")
+
+
+Job = Callable[[], tuple[Judged | None, str]]  # a case's scores, if any, and why it failed, if it did
+
+
+def _evaluation(values: Mapping[str, Any], protocol: str | None) -> Evaluation:
+    made = recipes.parse({key: of for key, of in values.items() if key == "evaluation"}, {"evaluation": Evaluation}, "evaluation")
+    given: Evaluation = made["evaluation"]
+    return given if protocol in (None, given.protocol) else Evaluation(protocol)  # settings are those of the recipe's protocol
+
+
+def _pair_jobs(predictions: Path, references: Path, values: Mapping[str, Any], protocol: AbstractProtocol) -> dict[str, Job]:
+    predicted, expected = label_maps(predictions, "predictions"), label_maps(references, "references")
     if not predicted.keys() & expected.keys():
         raise BadInput(
             "predictions and references: a case must bear the same name in both; found none that does, but such as "
             f"{min(predicted)} and {min(expected)}; rename the files"
         )
-    if labels is None:
-        labels = _all_values(list(expected.values()))
-    out = claim_out(Path(out), overwrite=overwrite, inputs=(predictions, references))
-    scores: list[Score] = []
-    failures: list[dict[str, str]] = []
+    labels, regions = _labels_of(values), values.get("regions") or {}
+    targets = protocol.targets(_all_values(list(expected.values())) if labels is None else labels, regions)
     names = sorted(predicted.keys() | expected.keys())
-    for case in track(names, total=len(names), label="evaluate"):
+
+    def job(case: str) -> tuple[Judged | None, str]:
+        files = [path for path in (predicted.get(case), expected.get(case)) if path is not None]
+        reference = None
         try:
-            scores += _score_files(case, predicted.get(case), expected.get(case), labels)
+            if len(files) < 2:
+                missing = "prediction" if case in expected else "reference"
+                raise BadInput(f"{case}: must have a prediction and a reference; the {missing} is missing")
+            reference = read_label(expected[case])
+            return judge_case(Pair(case, read_label(predicted[case]), reference, targets), protocol), ""
         except BadInput as error:
-            failures.append({"case": case, "reason": _without_paths(str(error), predicted, expected)})
-            scores += [Score(case, name, "dice", 0.0, "not scored, 0 by rule: see failures.csv") for name in labels if case in expected]
-    write_csv(out / "failures.csv", failures, ("case", "reason"))
-    summary = write_scores(out, scores) if scores else {"metrics": {}}
-    mean = summary["metrics"].get(MEAN, {}).get("dice", {}).get("mean", 0.0)
-    return Outcome(out, failed=len(failures), message=f"mean Dice {mean:.4f} over {len(expected)} cases and {len(labels)} labels")
+            reason = _without_paths(str(error), files)
+        if case not in expected:
+            return None, reason
+        return unscored(case, targets, protocol, reference or _readable(expected[case])), reason
+
+    return {case: (lambda case=case: job(case)) for case in names}
 
 
-def _labels_of(recipe: str | Path) -> dict[str, int] | None:
-    labels = recipes.load(recipe, verb="finetune").get("labels")
+def _readable(path: Path) -> Volume | None:
+    try:
+        return read_label(path)
+    except BadInput:
+        return None
+
+
+def _scan_jobs(predictions: Path, references: Path, protocol: AbstractProtocol) -> dict[str, Job]:
+    if not is_findings(references):
+        raise BadInput(f"references {references}: for a table of candidates must be annotations.csv, or a folder with it; found neither")
+    expected = read_references(references)
+    if predictions.suffix.lower() == ".csv":
+        table = read_candidates(predictions, expected)
+        series, files = _all_scans(expected, table), {}
+    else:
+        table, files = {}, label_maps(predictions, "predictions")
+        series = _all_scans(expected, files)
+        if not files.keys() & set(series):
+            raise BadInput(f"predictions {predictions}: a label map must be named after its scan; found such as {min(files)}; rename them")
+    protocol.judge_scan(Scan("", Candidates(), Findings()))  # a protocol that scores no candidates says so before anything is read
+
+    def job(case: str) -> tuple[Judged | None, str]:
+        reason, candidates = "", table.get(case, Candidates())
+        if files and case not in series:
+            return None, f"{case}: must be one of seriesuids.csv; found another"
+        try:
+            if files and case not in files:
+                raise BadInput(f"{case}: must have a prediction; it is missing")
+            candidates = candidates_of(read_label(files[case])) if files else candidates
+        except BadInput as error:
+            reason = _without_paths(str(error), list(files.values()))
+        return protocol.judge_scan(Scan(case, candidates, expected.findings.get(case, Findings()))), reason
+
+    return {case: (lambda case=case: job(case)) for case in sorted({*series, *files})}
+
+
+def _all_scans(expected: References, predicted: Mapping[str, Any]) -> tuple[str, ...]:
+    if expected.known:
+        if left := len(set(expected.findings) - set(expected.series)):
+            tell(f"evaluate: {left} scans with findings are not in seriesuids.csv and left out, as the challenge does")
+        return expected.series
+    tell("evaluate: no seriesuids.csv beside the findings: scans with neither finding nor candidate are not in the denominator")
+    return tuple(sorted({*expected.series, *predicted}))
+
+
+def _labels_of(values: Mapping[str, Any]) -> dict[str, int] | None:
+    labels = values.get("labels")
     if labels is not None and not isinstance(labels, dict):
-        raise BadInput(f"recipe {recipe}: labels must be a mapping of names to values, or null; found {labels!r}")
+        raise BadInput(f"recipe: labels must be a mapping of names to values, or null; found {labels!r}")
     if labels is None:
         return None
-    values = whole_numbers(labels, f"recipe {recipe}: labels")
-    if not values or len(set(values.values())) != len(values):
-        raise BadInput(f"recipe {recipe}: labels must be names with values of their own above 0; found {labels}")
-    return values
+    numbers = whole_numbers(labels, "recipe: labels")
+    if not numbers or len(set(numbers.values())) != len(numbers):
+        raise BadInput(f"recipe: labels must be names with values of their own above 0; found {labels}")
+    return numbers
 
 
-def _score_files(case: str, predicted: Path | None, expected: Path | None, labels: Mapping[str, int]) -> list[Score]:
-    if predicted is None or expected is None:
-        raise BadInput(f"{case}: must have a prediction and a reference; the {'reference' if predicted else 'prediction'} is missing")
-    return score_case(case, read_label(predicted), read_label(expected), labels)
-
-
-def _maps(folder: Path, what: str) -> dict[str, Path]:
+def label_maps(folder: Path, what: str) -> dict[str, Path]:
+    """The label maps in a folder by name. Raises: BadInput: none there, or several of one name."""
     if not folder.is_dir():
         raise BadInput(f"{what} {folder}: must be a folder of label maps; found {'a file' if folder.exists() else 'nothing there'}")
     files = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")]
@@ -198,8 +309,8 @@ def _all_values(references: Sequence[Path]) -> dict[str, int]:
     return {str(value): value for value in values}
 
 
-def _without_paths(text: str, *tables: Mapping[str, Path]) -> str:
+def _without_paths(text: str, files: Sequence[Path]) -> str:
     # An artefact holds case names, never where files lie.
-    for path in (path for table in tables for path in table.values()):
+    for path in files:
         text = text.replace(str(path), path.name)
     return text

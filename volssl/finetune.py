@@ -17,17 +17,20 @@ import torch
 
 from volssl import recipe as recipes
 from volssl.archive import write_nifti
-from volssl.cases import Augmentation, Folds, LabelledPatches, Prepared, Sampling, labelled_share, read_case, split
+from volssl.cases import Augmentation, Folds, LabelledPatches, Prepared, Sampling, labelled_share
 from volssl.checkpoints import Checkpoints, StopSignal
-from volssl.datasets import Case, CaseTable, open_dataset
-from volssl.evaluate import MEAN, Score, score_case, write_scores
+from volssl.datasets import Case, CaseTable, Data, open_dataset, without_folders
+from volssl.division import Division, divide
+from volssl.evaluate import Evaluation, headline, judge_case, write_judged
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, check_out, claim_out, read_json, track, write_json
 from volssl.fitting import Optimisation, Saving, kept, start, train
+from volssl.intake import read_case
 from volssl.journal import Journal, write_environment
 from volssl.nets.heads import SegmentationNet
 from volssl.nets.sides import side_fault
 from volssl.pictures import Overlay, overlay_png
+from volssl.protocols.protocol import Pair, Score
 from volssl.recipe import Part
 from volssl.segment import Inference, Model, Plan, Preparation, write_model
 from volssl.targets import check_regions
@@ -39,23 +42,18 @@ class Options:
     """What the command line says about a run, beside recipe, data and out.
 
     Attributes: weights: bundle, or None for from scratch. fold: held out. labels: share (float) or count (int) of the training patients.
-        seed: of first weights and draws. resume, overwrite: as everywhere. overrides: `key=value` over the recipe.
+        seed: of first weights and draws. split: file of sides or "official", over the recipe's data.split. resume, overwrite: as
+        everywhere. overrides: `key=value` over the recipe.
     """
 
     weights: Path | None = None
     fold: int = 0
     labels: float = 1.0
     seed: int = 0
+    split: Path | None = None
     resume: bool = False
     overwrite: bool = False
     overrides: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Data:
-    """How the folder is read. layout: a name of `volssl.datasets`, or null to recognise it."""
-
-    layout: str | None = None
 
 
 PARTS = {
@@ -69,6 +67,7 @@ PARTS = {
     "augmentation": Augmentation,
     "optimisation": Optimisation,
     "inference": Inference,
+    "evaluation": Evaluation,
     "saving": Saving,
 }
 
@@ -88,17 +87,15 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     values = recipes.load(recipe, options.overrides, verb="finetune")
     made = recipes.parse(values, PARTS, str(recipe))
     table = read_table(made, data)
-    folds = split(table, made["folds"])
-    if not 0 <= options.fold < len(folds):
-        raise BadInput(f"--fold must lie between 0 and {len(folds) - 1}; found {options.fold}")
-    held_out = folds[options.fold]
-    rest = [case for number, fold in enumerate(folds) if number != options.fold for case in fold]
-    chosen = labelled_share(rest, options.labels, made["folds"].seed)
-    task = Task(values, made, table, tuple(chosen), tuple(held_out), _splits(folds, chosen, held_out, made, options))
+    made["evaluation"].build().targets(table.labels, table.regions)  # what cannot be scored is told before hours of training
+    division = divide(table, made["folds"], given=options.split or made["data"].split, fold=options.fold)
+    chosen = labelled_share(division.train, options.labels, made["folds"].seed)
+    splits = _splits(division, chosen, made, options)
+    task = Task(without_folders(values), made, table, tuple(chosen), division.held_out, splits)
     model = fit(task, out=out, options=options, inputs=inputs)
     if isinstance(model, Outcome):
         return model
-    return _validate(out, model, table, held_out)
+    return _validate(out, model, table, list(division.held_out), evaluation=made["evaluation"])
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,12 @@ def fit(task: Task, *, out: Path, options: Options, inputs: Sequence[Path] = ())
     if given is not None and plan.preparation.spacing_mm is None and not made["optimisation"].accept_mismatch:
         _same_voxels(patches.cases, given.card)
     claim_out(out, resume=options.resume, overwrite=options.overwrite, inputs=inputs)
-    _same_run(out, task.values, task.splits | {"weights_sha256": given.card["sha256"] if given else None}, resume=options.resume)
+    _same_run(
+        out,
+        task.values,
+        task.splits | {"notes": patches.notes, "weights_sha256": given.card["sha256"] if given else None},
+        resume=options.resume,
+    )
     current = start(plan, net, made, patches, seed=options.seed)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if options.resume and (state := checkpoints.load()) is not None:
@@ -148,7 +150,7 @@ def fit(task: Task, *, out: Path, options: Options, inputs: Sequence[Path] = ())
 
 def read_table(made: dict[str, Any], data: Path) -> CaseTable:
     """The cases of a folder with the labels of a parsed recipe. Raises: BadInput: as `open_dataset`, and labels at odds with the data."""
-    return _labelled(open_dataset(Path(data), made["data"].layout), made["labels"], made["regions"])
+    return _labelled(open_dataset(Path(data), data=made["data"]), made["labels"], made["regions"])
 
 
 def _labelled(table: CaseTable, labels: dict[str, int] | None, regions: dict[str, tuple[int, ...]] | None) -> CaseTable:
@@ -250,18 +252,21 @@ def _same(found: Any, wanted: Any) -> bool:
     return bool(np.allclose(found, wanted, rtol=0.02)) if isinstance(wanted, tuple) else found == wanted
 
 
-def _splits(folds: list[list[Case]], train: list[Case], held_out: list[Case], made: dict[str, Any], options: Options) -> dict[str, Any]:
-    def names(cases: list[Case]) -> list[str]:
+def _splits(division: Division, train: list[Case], made: dict[str, Any], options: Options) -> dict[str, Any]:
+    def names(cases: Sequence[Case]) -> list[str]:
         return [case.case_id for case in cases]
 
     return {
         "fold": options.fold,
         "labels": options.labels,
         "seed": options.seed,
+        "split": division.source,
         "split_seed": made["folds"].seed,
         "train": names(train),
-        "validation": names(held_out),
-        "folds": [names(fold) for fold in folds],
+        "validation": names(division.held_out),
+        "test": names(division.test),
+        "left_out": sorted({*names(division.left_out), *made["data"].leave_out}),
+        "folds": [names(fold) for fold in division.folds],
     }
 
 
@@ -282,20 +287,21 @@ def _same_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resu
     write_json(out / "splits.json", splits)
 
 
-def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case]) -> Outcome:
+def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case], *, evaluation: Evaluation) -> Outcome:
     """Segment the held-out fold on its own grids; leave label maps, scores and pictures."""
-    scores: list[Score] = []
+    protocol, judged = evaluation.build(), []
+    targets = protocol.targets(table.labels, table.regions)
     for number, case in enumerate(track(held_out, total=len(held_out), label="validate")):
         image, reference = read_case(case, table)
         predicted = model.label_map(image)
         write_nifti(out / "validation" / f"{case.case_id}.nii.gz", predicted, image.grid, np.uint8)
-        of_case = score_case(case.case_id, Volume(predicted[None], image.grid), reference, table.labels)
-        scores += of_case
-        overlay = _overlay(image, Volume(predicted[None], image.grid), reference, of_case, table.labels)
+        pair = Pair(case.case_id, Volume(predicted[None], image.grid), reference, targets)
+        judged.append(judge_case(pair, protocol))
+        overlay = _overlay(image, pair.predicted, reference, list(judged[-1].rows), table.labels)
         # A picture goes into reports that are passed on: it bears the case's number in splits.json, not its name.
         overlay_png(out / "pictures" / f"overlay_{number:04d}.png", overlay, title=f"case {number}")
-    mean = write_scores(out / "validation", scores)["metrics"][MEAN]["dice"]["mean"]
-    return Outcome(out, message=f"mean Dice {mean:.4f} over {len(held_out)} held-out cases and {len(table.labels)} labels")
+    summary = write_judged(out / "validation", judged, protocol, evaluation.protocol)
+    return Outcome(out, message=f"{headline(summary)} over {len(held_out)} held-out cases and {len(targets)} labels")
 
 
 def _overlay(image: Volume, predicted: Volume, reference: Volume, scores: list[Score], labels: dict[str, int]) -> Overlay:
@@ -306,5 +312,5 @@ def _overlay(image: Volume, predicted: Volume, reference: Volume, scores: list[S
         predicted_XYZ=predicted.reoriented("RAS").array_CXYZ[0],
         spacing_mm=turned.grid.spacing_mm,
         labels=labels,
-        dice={score.label: score.value for score in scores},
+        dice={score.label: score.value for score in scores if score.metric == "dice"},
     )

@@ -74,7 +74,7 @@ def test_an_unknown_folder_names_the_layouts(tmp_path):
     with pytest.raises(BadInput, match="must be a folder"):
         open_dataset(tmp_path / "absent")
     with pytest.raises(BadInput, match="layout: must be one of"):
-        open_dataset(tmp_path, "brats")
+        open_dataset(tmp_path, "acdc")
 
 
 def test_hippocampus_is_read(real_data):

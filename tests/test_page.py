@@ -29,7 +29,8 @@ def test_an_image_becomes_an_address():
 
 
 def test_what_is_filled_in_is_escaped_and_nothing_is_loaded():
-    text = page.render("report.html", sections=[], comparison={"rows": [], "pairs": [("<script>", [])], "reference": "x"})
+    pair = {"name": "<script>", "protocols": ["dice", "dice"], "rows": []}
+    text = page.render("report.html", sections=[], comparison={"rows": [], "pairs": [pair], "reference": "x"})
     assert "&lt;script&gt;" in text and "<script" not in text
     assert "default-src 'none'" in text and not re.search(r"(src|href)=\"(?!data:|#)", text)
 

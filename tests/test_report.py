@@ -97,8 +97,9 @@ def test_finetunings_show_best_median_worst_and_the_paired_difference(tmp_path):
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", page, flags=re.S)))
     assert "pretrained minus scratch" in text
     # worked by hand: liver +0.02 +0.04 +0.06, lesion +0.1 0 +0.2
-    assert re.search(r"liver dice 0\.040 0\.020 to 0\.060 3", text)
-    assert re.search(r"lesion dice 0\.100 0\.000 to 0\.200 3", text)
+    assert "3 cases in both runs, matched by name." in text
+    assert re.search(r"liver dice 0\.840 0\.800 0\.040 0\.020 to 0\.060 3 / 0 3 – –", text)  # three pairs are too few for a test
+    assert re.search(r"lesion dice 0\.400 0\.300 0\.100 0\.000 to 0\.200 2 / 0 3 – –", text)
     assert re.search(r"Best case by mean Dice over labels: case 0, 0\.760", text)
     assert re.search(r"Median case by mean Dice over labels: case 1, 0\.620", text)
     assert re.search(r"Worst case by mean Dice over labels: case 2, 0\.480", text)
@@ -112,6 +113,66 @@ def test_runs_without_a_common_case_are_not_compared(tmp_path):
     scratch = write_finetuning(tmp_path / "scratch", SCRATCH, None)
     other = write_finetuning(tmp_path / "other", {"d1": [0.5, 0.5]}, "0f")
     assert "no validation case in common" in page_of(tmp_path, scratch, other)
+
+
+def write_evaluation(folder: Path, shift: float, cases: range, protocol: str = "brats_voxel") -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for case in range(30):
+        for label in ("WT", "TC"):
+            dice, distance, more = rng.uniform(0.3, 0.6), rng.uniform(5, 9), rng.uniform(1, 1.1)
+            values = {"dice": dice + shift * more, "hd95": distance - 10 * shift, "lesions_fp": 1.0}
+            rows += [Score(f"patient{case:02d}", label, metric, value) for metric, value in values.items() if case in cases]
+    write_scores(folder, rows, protocol=protocol)
+    return folder
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style.*?</style>", "", page, flags=re.S)))
+
+
+def test_two_evaluations_are_compared_case_by_case(tmp_path, capsys):
+    one, other = write_evaluation(tmp_path / "new", 0.1, range(0, 12)), write_evaluation(tmp_path / "old", 0.0, range(2, 13))
+    page = page_of(tmp_path, other, one)
+    text = text_of(page)
+    assert "new minus old" in text
+    assert "10 cases in both runs" in text
+    assert "new alone has 2, left out here: case 0, case 1" in text and "old alone has 1, left out here: case 10" in text
+    # all of ten better: p = 2 / 2**10 = 0.002; of two labels the smaller is doubled
+    assert re.search(r"WT dice [\d.]+ [\d.]+ 0\.10\d 0\.10\d to 0\.1\d+ 10 / 0 10 0\.002 0\.004", text)
+    assert re.search(r"mean over labels dice [\d.]+ [\d.]+ 0\.10\d 0\.10\d to 0\.1\d+ 10 / 0 10 0\.002 0\.002", text)
+    assert re.search(r"TC hd95 mm [\d.]+ [\d.]+ −1\.000 −1\.000 to −1\.000 10 / 0 10 0\.002", text)
+    assert "hd95, mm: difference of each case" in text and "← new is better" in text
+    assert "lesions_fp" not in text[text.index("new minus old") : text.index("Differences are taken")]
+    assert "patient" not in text  # the page tells no name of a case; the command does
+    assert page.count("<circle") == 2 * 3 * 10
+    told = capsys.readouterr().err
+    assert "cases of new alone, left out of the comparison: patient00, patient01" in told
+    assert "cases of old alone, left out of the comparison: patient12" in told
+    assert re.findall(r'(?:src|href)="([^"#][^"]*)"', page) == []
+
+
+def test_different_protocols_are_pointed_out(tmp_path):
+    one = write_evaluation(tmp_path / "a", 0.0, range(4), "brats_voxel")
+    other = write_evaluation(tmp_path / "b", 0.0, range(4), "brats2023")
+    assert "scored by different protocols (brats2023 and brats_voxel)" in text_of(page_of(tmp_path, one, other))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("a,WT,dice,0.5,\na,WT,dice,0.6,\n", "a, WT, dice stands 2 times"),
+        ("a,WT,dice,nan,\n", "a, WT, dice is nan"),
+        ("a,WT,dice,good,\n", "line 2 lacks its columns or a number"),
+    ],
+)
+def test_a_table_that_volssl_did_not_write_is_refused(tmp_path, rows, words):
+    folder = write_evaluation(tmp_path / "a", 0.0, range(4))
+    (folder / "cases.csv").write_text("case,label,metric,value,note\n" + rows)
+    with pytest.raises(BadInput, match=words):
+        report.run([folder], out=tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_what_a_run_did_not_leave_is_said(tmp_path):

@@ -13,11 +13,14 @@ PATH = re.compile(r"(?<![\w:/.])(?:~|[A-Za-z]:)?(?:[/\\]+[^\s/\\\"'<>:,;]+){2,}[
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill `templates/<template>`. Its filters: `number` (digits, or a dash for None), `count` (12,345), `clean` (without paths)."""
+    """Fill `templates/<template>`.
+
+    Its filters: `number` (digits, or a dash for None), `count` (12,345), `clean` (without paths), `p_value` (three digits, or "< 0.001").
+    """
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("volssl"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "count": "{:,}".format, "clean": without_paths}
+    environment.filters |= {"number": _number, "count": "{:,}".format, "clean": without_paths, "p_value": _p_value}
     return environment.get_template(template).render(version=volssl.__version__, **values)
 
 
@@ -34,3 +37,7 @@ def without_paths(text: object) -> str:
 def _number(value: float | None, digits: int = 3) -> str:
     # Adding 0.0 takes the sign of a number that rounds to zero.
     return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def _p_value(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

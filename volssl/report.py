@@ -5,31 +5,24 @@ Reads what pretrain and finetune leave (docs/report.md lists the files). A part 
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from volssl import recipe as recipes
-from volssl.evaluate import MEAN, Score, summarise
-from volssl.files import BadInput, Outcome, read_csv, read_json, write_text
+from volssl.evaluate import MEAN
+from volssl.files import BadInput, Outcome, read_csv, read_json, tell, write_text
 from volssl.journal import read_metrics
 from volssl.page import embedded, render
+from volssl.paired import compare, strips, unmatched
 from volssl.pictures import curves_svg
+from volssl.protocols.protocol import Score
 
-VERBS = {"pretrain": "Pretraining", "finetune": "Fine-tuning"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One score of one case, from cases.csv."""
-
-    case: str
-    label: str
-    metric: str
-    value: float | None
-    note: str
+VERBS = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
 
 
 @dataclass(frozen=True)
@@ -46,16 +39,19 @@ class Run:
     card: dict[str, Any]  # bundle/card.json of a pretraining, model.json of a fine-tuning
     splits: dict[str, Any]  # of a fine-tuning
     summary: dict[str, Any] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Score] = field(default_factory=list)
 
     def number_of(self, case: str) -> str:
-        """How the page calls a case: its place among splits.json's validation cases, which is also the number of its picture."""
-        order = self.splits.get("validation", [])
+        """How the page calls a case: its place among splits.json's validation cases, which is also the number of its picture.
+
+        Of an evaluation, which has no splits.json: its place among the cases of cases.csv.
+        """
+        order = self.splits.get("validation", []) if self.verb == "finetune" else list(dict.fromkeys(row.case for row in self.findings))
         return f"case {order.index(case)}" if case in order else "a case that splits.json does not hold"
 
 
 def run(runs: Sequence[Path], *, out: Path, overwrite: bool = False) -> Outcome:
-    """Write one HTML page about any mix of pretraining and fine-tuning runs.
+    """Write one HTML page about any mix of pretraining runs, fine-tuning runs and folders that evaluate left.
 
     Args: runs: run folders, in the order of the page. out: the HTML file.
     Raises: BadInput: no run given; a folder that is not a run; `out` exists and `overwrite` is not set.
@@ -68,7 +64,7 @@ def run(runs: Sequence[Path], *, out: Path, overwrite: bool = False) -> Outcome:
     page = render(
         "report.html",
         sections=[_section(run) for run in read],
-        comparison=_comparison([run for run in read if run.verb == "finetune" and run.findings]),
+        comparison=_comparison([run for run in read if run.findings]),
     )
     write_text(out, page)
     return Outcome(out, message=f"{len(read)} runs")
@@ -82,7 +78,7 @@ def _read_all(folders: Sequence[Path]) -> list[Run]:
         raise BadInput("report: must be given at least one run folder; found none")
     wrong = [f"{folder}: {fault}" for folder in folders if (fault := _fault(folder))]
     if wrong:
-        raise BadInput("runs: every one must be a folder that volssl pretrain or finetune left; found:\n  " + "\n  ".join(wrong))
+        raise BadInput("runs: every one must be a folder that volssl pretrain, finetune or evaluate left; found:\n  " + "\n  ".join(wrong))
     names: list[str] = []
     for folder in folders:
         name = folder.resolve().name
@@ -94,30 +90,38 @@ def _fault(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
     if not (folder / "recipe.yaml").is_file():
-        return "no recipe.yaml in it"
+        return "" if _is_evaluation(folder) else "no recipe.yaml in it, nor cases.csv and summary.json"
     verb = _verb_of(folder)
     return "" if verb in VERBS else f"its recipe.yaml is not of pretrain or finetune but of {verb or 'no verb'}"
 
 
+def _is_evaluation(folder: Path) -> bool:
+    return (folder / "cases.csv").is_file() and (folder / "summary.json").is_file() and not (folder / "recipe.yaml").is_file()
+
+
 def _verb_of(folder: Path) -> str:
+    if _is_evaluation(folder):
+        return "evaluate"
     found = re.search(r"^verb:\s*(\w+)", (folder / "recipe.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
 
 def _read(folder: Path, name: str) -> Run:
-    verb, validation = _verb_of(folder), folder / "validation"
+    verb = _verb_of(folder)
+    scored = folder if verb == "evaluate" else folder / "validation"
+    recipe = folder / "recipe.yaml"
     return Run(
         name=name,
         verb=verb,
         folder=folder,
-        recipe_text=(folder / "recipe.yaml").read_text(encoding="utf-8"),
-        recipe=recipes.load(folder / "recipe.yaml", verb=verb),
+        recipe_text=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+        recipe=recipes.load(recipe, verb=verb) if recipe.exists() else {},
         metrics=read_metrics(folder),
         environment=_optional_json(folder / "environment.json"),
         card=_optional_json(folder / ("bundle/card.json" if verb == "pretrain" else "model.json")),
         splits=_optional_json(folder / "splits.json"),
-        summary=_optional_json(validation / "summary.json"),
-        findings=[_finding(row) for row in _optional_csv(validation / "cases.csv")],
+        summary=_optional_json(scored / "summary.json"),
+        findings=_findings(scored / "cases.csv"),
     )
 
 
@@ -125,13 +129,24 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _optional_csv(path: Path) -> list[dict[str, str]]:
-    return read_csv(path) if path.exists() else []
-
-
-def _finding(row: Mapping[str, str]) -> Finding:
-    value = float(row["value"]) if row["value"] else None
-    return Finding(row["case"], row.get("label") or row["region"], row["metric"], value, row.get("note", ""))
+def _findings(path: Path) -> list[Score]:
+    rows = read_csv(path) if path.exists() else []
+    faults: list[str] = []
+    found: list[Score] = []
+    for line, row in enumerate(rows, start=2):
+        try:
+            value = float(row["value"]) if row["value"] else None
+            found.append(Score(row["case"], row["label"], row["metric"], value, row["note"] or ""))
+        except (KeyError, TypeError, ValueError) as error:
+            faults.append(f"line {line} lacks its columns or a number ({error})")
+    keys = Counter((score.case, score.label, score.metric) for score in found)
+    faults += [f"{', '.join(key)} stands {count} times" for key, count in keys.items() if count > 1]
+    bad = [score for score in found if score.value is not None and not math.isfinite(score.value)]
+    faults += [f"{score.case}, {score.label}, {score.metric} is {score.value}" for score in bad]
+    if faults:
+        told = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise BadInput(f"{path}: must hold one finite or empty value per case, label and metric, as volssl writes it; {told}; score anew")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ one run
@@ -143,13 +158,14 @@ def _section(run: Run) -> dict[str, Any]:
         "anchor": re.sub(r"\W+", "-", run.name).strip("-").lower() or "run",
         "name": run.name,
         "verb": VERBS[run.verb],
-        "is_finetune": run.verb == "finetune",
+        "is_scored": run.verb != "pretrain",
+        "is_trained": run.verb != "evaluate",
         "facts": _facts(run),
         "curves": embedded(curves_svg(run.metrics), "svg+xml"),
         "restorations": [(_step_of(path), _png(path)) for path in dict.fromkeys([*pictures[-1:], *pictures[:1]])],
-        "overlays": _overlays(run),
+        "overlays": _overlays(run) if run.splits else [],
         "labels": _label_rows(run.summary),
-        "case_labels": list(dict.fromkeys(finding.label for finding in run.findings)),
+        "case_labels": list(dict.fromkeys(finding.label for finding in run.findings if finding.metric == "dice")),
         "cases": [(run.number_of(case), *rest) for case, *rest in _case_rows(run.findings)],
         "notes": _notes(run),
         "recipe": run.recipe_text,
@@ -159,6 +175,8 @@ def _section(run: Run) -> dict[str, Any]:
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """What ran, as pairs of a name and a value; nothing is shown that the run did not write down."""
+    if run.verb == "evaluate":
+        return [("Protocol", str(run.summary.get("protocol"))), ("Cases", str(run.summary.get("n_cases")))]
     pretraining = run.verb == "pretrain"
     training = run.recipe.get("training" if pretraining else "optimisation", {})
     patches = run.recipe.get("patches" if pretraining else "sampling", {})
@@ -177,6 +195,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("Training data", ", ".join(f"{n} {name.removeprefix('train_')}" for name, n in data.items()) or None),
         ("Training cases", len(splits["train"]) if splits else None),
         ("Validation cases", f"{len(splits['validation'])} (fold {splits['fold']})" if splits else None),
+        ("Protocol", run.summary.get("protocol")),
         ("Training time", _clock(seconds[-1]) if seconds else None),
         ("Device", run.environment.get("device")),
         ("Precision", run.environment.get("precision")),
@@ -245,7 +264,7 @@ def _overlays(run: Run) -> list[tuple[str, str, float, str]]:
     return found
 
 
-def _case_means(findings: Sequence[Finding]) -> dict[str, float]:
+def _case_means(findings: Sequence[Score]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for finding in findings:
         if finding.metric == "dice" and finding.value is not None:
@@ -259,7 +278,7 @@ def _label_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, dict[str, An
     return [("mean over labels" if name == MEAN else name, metric, numbers) for name in names for metric, numbers in regions[name].items()]
 
 
-def _case_rows(findings: Sequence[Finding]) -> list[tuple[str, dict[str, float | None], float]]:
+def _case_rows(findings: Sequence[Score]) -> list[tuple[str, dict[str, float | None], float]]:
     means = _case_means(findings)
     rows: dict[str, dict[str, float | None]] = {}
     for finding in findings:
@@ -280,24 +299,29 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """All fine-tuning runs side by side, and each against the reference run: paired differences over the cases of both."""
+    """All runs with scores side by side, and each against the reference run: paired differences over the cases of both."""
     if len(runs) < 2:
         return None
-    reference = next((run for run in runs if not run.splits.get("weights_sha256")), runs[0])
-    rows = [{"name": run.name, "weights": _weights(run), "labels": _label_rows(run.summary)} for run in runs]
-    pairs = [(run.name, _differences(run, reference)) for run in runs if run is not reference]
+    reference = next((run for run in runs if run.splits and not run.splits.get("weights_sha256")), runs[0])
+    rows = [{"name": run.name, "weights": _weights(run) if run.splits else None, "labels": _label_rows(run.summary)} for run in runs]
+    pairs = [_pair(run, reference) for run in runs if run is not reference]
     return {"reference": reference.name, "rows": rows, "pairs": pairs}
 
 
-def _differences(run: Run, reference: Run) -> list[tuple[str, str, dict[str, Any]]]:
-    # The bootstrap over cases has its home in evaluate.summarise; here it is given differences in place of scores.
-    known = {(finding.case, finding.label, finding.metric): finding.value for finding in reference.findings}
-    scores = []
-    for finding in run.findings:
-        other = known.get((finding.case, finding.label, finding.metric))
-        if finding.value is not None and other is not None:
-            scores.append(Score(finding.case, finding.label, finding.metric, finding.value - other))
-    return _label_rows(summarise(scores)) if scores else []
+def _pair(run: Run, reference: Run) -> dict[str, Any]:
+    found = compare(run.findings, reference.findings)
+    alone = [(one, unmatched(one.findings, other.findings)) for one, other in ((run, reference), (reference, run))]
+    for one, cases in alone:
+        if cases:  # the page, which is passed on, tells their numbers; their names are for the user alone
+            tell(f"report: cases of {one.name} alone, left out of the comparison: {', '.join(cases)}")
+    return {
+        "name": run.name,
+        "protocols": [one.summary.get("protocol", "unknown") for one in (run, reference)],
+        "cases": len({score.case for score in run.findings}) - len(alone[0][1]),
+        "alone": [(one.name, [one.number_of(case) for case in cases]) for one, cases in alone if cases],
+        "rows": found,
+        "strips": strips(found),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ pictures

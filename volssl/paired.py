@@ -67,7 +67,8 @@ def signed_rank(differences: Sequence[float]) -> float | None:
         return 1.0
     from scipy.stats import wilcoxon
 
-    return float(wilcoxon(rounded, zero_method="pratt").pvalue)
+    tested: Any = wilcoxon(rounded, zero_method="pratt")
+    return float(tested.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,11 +1,12 @@
 # A fresh machine with Python >= 3.11 and make needs nothing else: every target first makes .venv from constraints.txt.
-.PHONY: demo test lint format budgets wheel bench clean
+.PHONY: demo test lint format budgets wheel nnunet bench clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-installed
 FRESH := build/wheel-venv
+NNUNET := build/nnunet-venv
 # The first of these that is 3.11 or newer; `make PYTHON=/path/to/python` chooses another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
@@ -41,6 +42,16 @@ wheel: $(STAMP)
 	$(BIN)/python -m venv $(FRESH)
 	$(FRESH)/bin/python -m pip install -q -c constraints.txt dist/volssl-*.whl
 	cd $(FRESH) && bin/python -I $(CURDIR)/tools/check_wheel.py
+
+# An export in the hands of stock nnU-Net, which has an environment of its own.
+nnunet: $(STAMP) $(NNUNET)/.stamp-installed
+	$(ONE_THREAD) $(BIN)/python tools/check_nnunet.py --python $(NNUNET)/bin/python
+
+$(NNUNET)/.stamp-installed: tools/nnunet_requirements.txt tools/nnunet_packages.txt constraints.txt
+	test -x $(NNUNET)/bin/python || $(PYTHON) -m venv $(NNUNET)
+	$(NNUNET)/bin/python -m pip install -q -c constraints.txt -r tools/nnunet_requirements.txt
+	$(NNUNET)/bin/python -m pip install -q --no-deps -r tools/nnunet_packages.txt
+	@touch $@
 
 bench: $(STAMP)
 	@for b in tools/bench_*.py; do [ -e "$$b" ] || { echo "no bench yet"; break; }; echo "== $$b"; $(BIN)/python "$$b" || exit 1; done

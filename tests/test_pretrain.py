@@ -304,3 +304,34 @@ def test_training_imports_no_archive_library(tiny_store, tmp_path):
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
+
+
+RESENC = [one for one in TINY if not one.startswith(("net.", "saving."))] + [
+    "net={name: resenc, features: [4, 6, 8], blocks: [1, 1, 1], norm: instance}",
+    "training.steps=1",
+    "saving={pictures_every: 9, validate_every: 9, health_every: 9, probe_every: 9}",
+]
+
+
+def test_a_run_leaves_the_exports_that_its_recipe_names(tiny_store, tmp_path):
+    out = tmp_path / "run"
+    pretrain.run("pcrlv2", store=tiny_store, out=out, overrides=[*RESENC, "export=nnunet"])
+    saved = torch.load(out / "nnunet" / "checkpoint.pth", weights_only=True)
+    trained = state(out)["method"]["net.encoder.stem.convs.0.conv.weight"]
+    assert torch.equal(saved["network_weights"]["encoder.stem.convs.0.conv.weight"], trained.transpose(2, 4))
+    assert saved["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["3d_fullres"]["patch_size"] == [16, 16, 16]
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["export=nnunet"], "must be resenc.*found unet"),
+        (["export=[bundle, onyx]"], "export: must be among bundle, nnunet; found onyx"),
+        (["export=3"], "export"),
+        ([*RESENC, "net.features=[4, 6]", "net.blocks=[1, 1]", "export=nnunet"], "at least 3 stages"),
+    ],
+)
+def test_a_run_whose_export_nobody_could_load_does_not_begin(tiny_store, tmp_path, overrides, told):
+    with pytest.raises(BadInput, match=told):
+        train(tiny_store, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()

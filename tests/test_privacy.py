@@ -135,7 +135,14 @@ def left(hospital, tmp_path_factory):
     place = tmp_path_factory.mktemp("left")
     labelled = write_labelled(tmp_path_factory.mktemp("labels") / f"{PLACE}_labels")
     recipe = write_recipe(labelled / "tiny.yaml")
-    overrides = [*TINY, "training.steps=2", "saving.pictures_every=2", "saving.validate_every=2"]
+    # A net that every format takes, exported by the run itself and by the verb.
+    overrides = [
+        *(one for one in TINY if not one.startswith("net.")),
+        "training.steps=2",
+        "saving.pictures_every=2",
+        "saving.validate_every=2",
+    ]
+    overrides += ["net={name: resenc, features: [4, 6, 8], blocks: [1, 1, 1], norm: instance}", "export=nnunet"]
     pretrained, tuned = place / "pretrained", place / "tuned"
     volssl(
         place,
@@ -195,6 +202,12 @@ def test_the_archive_was_used(left):
     assert (left / "store" / "failures.csv").read_text().count("\n") == 5  # a title, and what was spoilt after the index
     assert MARK in (left / "index" / "private" / "files.csv").read_text()
     assert list((left / "pretrained").rglob("events.out*")) and list((left / "pretrained" / "pictures").iterdir())
+
+
+def test_every_format_was_exported(left):
+    assert {path.name for path in (left / "exported").iterdir()} == set(FORMATS)
+    assert (left / "exported" / "nnunet" / "checkpoint.pth").stat().st_size > 10_000
+    assert (left / "pretrained" / "nnunet" / "checkpoint.pth").exists()
 
 
 def test_no_planted_string_gets_out(left):

@@ -223,8 +223,10 @@ _command(
     "Copy the encoder of a run in a format others read.",
     {
         "source": (argument(Path, "RUN_OR_BUNDLE"), ASKED),
-        "to": (option(str, "Format: bundle."), ASKED),
+        "to": (option(str, "Format: bundle or nnunet."), ASKED),
         "out": (Out, ASKED),
+        "plans": (option(Path | None, "nnunet: nnUNetPlans.json of the data set to fine-tune on."), None),
+        "channels": (option(int | None, "nnunet: input channels of the network there.", min=1), None),
         "overwrite": ENDINGS["overwrite"],
     },
 )

@@ -81,7 +81,18 @@ def check_out(out: Path, *, resume: bool | None = None, overwrite: bool | None =
         raise BadInput(f"--overwrite {out}: would delete the input {lost[0]}; choose another --out")
 
 
-MARKS = ("recipe.yaml", "store.json", "index.csv", "summary.json", "environment.json", "demo.json", "cases.csv", "card.json", "bench.json")
+MARKS = (
+    "recipe.yaml",
+    "store.json",
+    "index.csv",
+    "summary.json",
+    "environment.json",
+    "demo.json",
+    "cases.csv",
+    "card.json",
+    "bench.json",
+    "export.json",
+)
 
 
 def _empty(folder: Path) -> None:

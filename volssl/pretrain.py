@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import volssl
-from volssl import processes
+from volssl import export, processes
 from volssl import recipe as recipes
 from volssl.checkpoints import Checkpoints, StopSignal, Terms
 from volssl.export import bundle
@@ -24,7 +24,7 @@ from volssl.schedule import warmup_cosine
 from volssl.store import Store
 from volssl.watch import Saving, look, look_at_untrained
 
-PARTS = {"net": "nets", "method": "methods", "patches": PatchPlan, "training": Training, "saving": Saving}
+PARTS = {"net": "nets", "method": "methods", "patches": PatchPlan, "training": Training, "saving": Saving, "export": str | list[str] | None}
 
 
 def run(
@@ -45,10 +45,13 @@ def run(
     values = recipes.load(recipe, overrides, verb="pretrain")
     made = recipes.parse(values, PARTS, str(recipe))
     opened = Store.open(Path(store))
+    formats = export.checked(made["export"])
     method = method_of(made)
     method.check(made["patches"].box_vox, made["patches"].batch_size * world_size())
     training = made["training"]
     PatchStream(opened, made["patches"], source=Source(seed=training.seed), steps=1)
+    card = _card(made, values, opened, method)
+    bundle.prove(method.encoder, card, decoder=method.net.decoder, formats=formats)
     fabric = open_fabric(training.precision)
     out = Path(out)
     if processes.rank() == 0:
@@ -56,8 +59,6 @@ def run(
         _same_recipe(out, values, resume=resume)
     fabric.barrier()
     current = start(fabric, method, made, store=opened, out=out)
-    card = _card(made, values, opened, method)
-    bundle.prove(method.encoder, card, decoder=method.net.decoder)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if resume and (state := checkpoints.load()) is not None:
         current.restore(state)
@@ -72,6 +73,9 @@ def run(
     if processes.rank() == 0:
         finished = dataclasses.replace(card, steps=current.steps_done)
         bundle.write(out / "bundle", method.encoder, finished, decoder=method.net.decoder)
+        for to in formats:
+            if to != "bundle":
+                export.run(out / "bundle", to=to, out=out / to, overwrite=True)
     return Outcome(out, message=f"{training.steps} steps done; weights in bundle/")
 
 
@@ -207,5 +211,5 @@ def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: Ab
         data={"train_scans": len(train), "train_patients": len({row.patient_id for row in train})},
         volssl_version=volssl.__version__,
         citations=(method.citation,),
-        patch_vox=tuple(method.view_vox),
+        patch_vox=method.view_vox,
     )

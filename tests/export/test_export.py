@@ -35,7 +35,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("inside", ["", "bundle"])
 def test_a_run_and_its_bundle_export_alike(folder, tmp_path, inside):
     out = run(folder / inside, to="bundle", out=tmp_path / "out").out
-    assert {path.name for path in out.iterdir()} == {"encoder.safetensors", "decoder.safetensors", "card.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == {"encoder.safetensors", "decoder.safetensors", "card.json", "README.md", "export.json"}
     x_BCXYZ = torch.randn(1, 1, 8, 8, 8)
     (before, _), (after, card) = load_encoder(folder), load_encoder(out)
     for one, other in zip(before(x_BCXYZ), after(x_BCXYZ), strict=True):
@@ -49,7 +49,7 @@ def test_a_run_and_its_bundle_export_alike(folder, tmp_path, inside):
 
 
 def test_an_unknown_format_lists_the_known(folder, tmp_path):
-    with pytest.raises(BadInput, match="--to onyx: must be one of bundle"):
+    with pytest.raises(BadInput, match="--to onyx: must be one of bundle, nnunet"):
         run(folder, to="onyx", out=tmp_path / "out")
 
 
@@ -73,5 +73,5 @@ def test_an_encoder_alone_is_exported_alone(folder, tmp_path):
     (folder / "bundle" / "decoder.safetensors").unlink()
     write_json(folder / "bundle" / "card.json", {key: value for key, value in whole.card.items() if key != "decoder"})
     out = run(folder, to="bundle", out=tmp_path / "out").out
-    assert {path.name for path in out.iterdir()} == {"encoder.safetensors", "card.json", "README.md"}
+    assert {path.name for path in out.iterdir()} == {"encoder.safetensors", "card.json", "README.md", "export.json"}
     assert bundle.load_bundle(out).decoder is None

@@ -2,28 +2,74 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from volssl.files import BadInput, Outcome, claim_out
+from volssl import __version__
+from volssl.files import BadInput, Outcome, check_out, claim_out, write_json
 
-# Format -> the function that writes it: `(source, out)`, a run or bundle and an empty folder.
-FORMATS = {"bundle": "volssl.export.bundle:export"}
+# Format -> its function `(source, options) -> write`: it checks all that can be wrong with a run or bundle; `write(folder)` then fills an
+# empty folder and gives a line on what it wrote.
+FORMATS = {"bundle": "volssl.export.bundle:export", "nnunet": "volssl.export.nnunet:export"}
+Writer = Callable[[Path], str]
 
 
-def run(source: Path, *, to: str, out: Path, overwrite: bool = False) -> Outcome:
+@dataclass(frozen=True)
+class Options:
+    """What some formats want to know; each refuses what it does not take.
+
+    Attributes: plans: an nnUNetPlans.json of the data set to fine-tune on. channels: input channels of the network there.
+    """
+
+    plans: Path | None = None
+    channels: int | None = None
+
+    def refuse(self, to: str, *taken: str) -> None:
+        """Raises: BadInput: if one was given that the format `to` does not take."""
+        if others := [name for name in ("plans", "channels") if name not in taken and getattr(self, name) is not None]:
+            raise BadInput(f"--{others[0]}: is not for --to {to}; leave it out")
+
+
+NONE = Options()
+
+
+def run(source: Path, *, to: str, out: Path, options: Options = NONE, overwrite: bool = False) -> Outcome:
     """Export the encoder of a run, or of a bundle, as format `to` into the folder `out`.
 
-    Raises: BadInput: unknown format, `out` in use, or a source that holds no sound bundle.
+    Raises: BadInput: unknown format, `out` in use, a source that holds no sound bundle or one that the format cannot take.
     """
-    from volssl.export.bundle import load_bundle
-
     source, out = Path(source), Path(out)
     if to not in FORMATS:
         raise BadInput(f"--to {to}: must be one of {', '.join(FORMATS)}")
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
         raise BadInput(f"--out {out} must lie outside the source {source}; choose another folder")
-    load_bundle(source)  # before anything in `out` is touched
+    inputs = [Path(options.plans)] if options.plans is not None else []
+    check_out(out, overwrite=overwrite, inputs=inputs)
+    write = writer(to, source, options)  # before anything in `out` is touched
+    claim_out(out, overwrite=overwrite, inputs=inputs)
+    write_json(out / "export.json", {"format": to, "volssl_version": __version__})  # by which --overwrite knows its own
+    return Outcome(out, message=write(out))
+
+
+def writer(to: str, source: Path, options: Options = NONE) -> Writer:
+    """What writes `source` as format `to`; all is checked by then. Raises: BadInput: what does not fit, and what would."""
     module, _, name = FORMATS[to].partition(":")
-    getattr(import_module(module), name)(source, claim_out(out, overwrite=overwrite))
-    return Outcome(out)
+    return getattr(import_module(module), name)(source, options)
+
+
+def checked(formats: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The formats that a recipe names under `export`. Raises: BadInput: one that is not known."""
+    named = (formats,) if isinstance(formats, str) else tuple(formats or ())
+    if unknown := [to for to in named if to not in FORMATS]:
+        raise BadInput(f"export: must be among {', '.join(FORMATS)}; found {', '.join(unknown)}")
+    return named
+
+
+def prove(bundle: Path, formats: Sequence[str]) -> None:
+    """Export a bundle in all these formats to a temporary folder; each loads what it wrote as its reader will. Raises: BadInput."""
+    for to in formats:
+        with tempfile.TemporaryDirectory(prefix="volssl-") as folder:
+            writer(to, bundle)(Path(folder))

@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from volssl.card import SCHEMA, Card, bundle_folder, model_card, read_card
 from volssl.card import preparation_of as preparation_of  # what fine-tuning asks a bundle for
+from volssl.export import Options, Writer
+from volssl.export import prove as prove_formats
 from volssl.files import BadInput, atomic, sha256, write_json, write_text
 from volssl.recipe import arguments, find
 
@@ -73,10 +75,13 @@ def _read_back(loaded: nn.Module, written: nn.Module) -> None:
             raise AssertionError(f"bundle tensor {name} was not read back as written")
 
 
-def prove(encoder: nn.Module, card: Card, *, decoder: nn.Module | None = None) -> None:
-    """Write the bundle of an untrained net to a temporary folder and load it: a week's run must not end in weights nobody can load."""
+def prove(encoder: nn.Module, card: Card, *, decoder: nn.Module | None = None, formats: Sequence[str] = ()) -> None:
+    """Write the bundle of an untrained net to a temporary folder and load it, and export it in `formats`, each as its reader loads it.
+
+    A week's run must not end in weights nobody can load. Raises: BadInput: what does not fit a format, and what would.
+    """
     with tempfile.TemporaryDirectory(prefix="volssl-") as folder:
-        write(Path(folder) / "bundle", encoder, card, decoder=decoder)
+        prove_formats(write(Path(folder) / "bundle", encoder, card, decoder=decoder), formats)
 
 
 def load_bundle(folder: Path | str) -> Bundle:
@@ -215,17 +220,22 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(inner)
 
 
-def export(source: Path, out: Path) -> None:
-    """Copy the bundle that lies in or at `source` into the empty folder `out`; both are proven to load."""
+def export(source: Path, options: Options) -> Writer:
+    """Prove that the bundle in or at `source` loads; what is given back copies it, and proves the copy."""
+    options.refuse("bundle")
     loads = [load_encoder] if load_bundle(source).decoder is None else [load_encoder, load_decoder]
     for load in loads:
         load(source)
-    folder = bundle_folder(source)
-    for name in (ENCODER, *([DECODER] if load_decoder in loads else []), "README.md", "card.json"):
-        with atomic(out / name) as temporary:
-            shutil.copyfile(folder / name, temporary)
-    for load in loads:
-        load(out)
+
+    def write(out: Path) -> str:
+        for name in (ENCODER, *([DECODER] if load_decoder in loads else []), "README.md", "card.json"):
+            with atomic(out / name) as temporary:
+                shutil.copyfile(bundle_folder(source) / name, temporary)
+        for load in loads:
+            load(out)
+        return ""
+
+    return write
 
 
 @dataclass(frozen=True)

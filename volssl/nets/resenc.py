@@ -13,7 +13,7 @@ Source: Isensee et al., "nnU-Net Revisited", MICCAI 2024 (arXiv 2404.09556).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -152,6 +152,25 @@ class ResEncUNet(nn.Module):
         return self.decoder(self.encoder(x_BCXYZ))
 
 
+def stock(in_channels: int, classes: int, kwargs: Mapping[str, Any]) -> Any:
+    """nnU-Net's own network of such layers, initialised as nnU-Net does; its axes run Z Y X. Raises: BadInput: the package is missing.
+
+    Args: kwargs: n_stages, features_per_stage, kernel_sizes, strides, n_blocks_per_stage and n_conv_per_stage_decoder, as in its plans.
+    """
+    network_class = _package().ResidualEncoderUNet
+    layers: dict[str, Any] = {
+        "conv_op": nn.Conv3d,
+        "conv_bias": True,
+        "norm_op": nn.InstanceNorm3d,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+    }
+    net = network_class(input_channels=in_channels, num_classes=classes, deep_supervision=True, **{**kwargs, **layers})
+    net.apply(net.initialize)
+    return net
+
+
 def _faults(
     in_channels: int, features: Sequence[int], blocks: Sequence[int], strides: Sequence[Triple], kernels: Sequence[Triple]
 ) -> list[str]:
@@ -188,8 +207,9 @@ def _layers(norm: Norm) -> dict[str, Any]:
 
 
 def _package() -> Any:
-    """The four names of dynamic-network-architectures that are used here. Raises: BadInput: it is not installed."""
+    """The names of dynamic-network-architectures that are used here. Raises: BadInput: it is not installed."""
     try:
+        from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
         from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
         from dynamic_network_architectures.building_blocks.simple_conv_blocks import StackedConvBlocks
         from dynamic_network_architectures.initialization.weight_init import InitWeights_He, init_last_bn_before_add_to_0
@@ -199,6 +219,7 @@ def _package() -> Any:
         raise BadInput('net resenc: needs the package dynamic-network-architectures; found none; pip install "volssl[resenc]"') from None
     return SimpleNamespace(
         ResidualEncoder=ResidualEncoder,
+        ResidualEncoderUNet=ResidualEncoderUNet,
         StackedConvBlocks=StackedConvBlocks,
         InitWeights_He=InitWeights_He,
         init_last_bn_before_add_to_0=init_last_bn_before_add_to_0,

@@ -60,6 +60,9 @@ def test_all_that_is_wrong_comes_at_once_and_a_huge_card_is_not_read(tmp_path):
     (folder / "card.json").write_text(" " * (LARGEST_CARD + 1))
     with pytest.raises(BadInput, match="no card of volssl"):
         read_card(folder)
+    (folder / "card.json").write_text("[" * 500_000)
+    with pytest.raises(BadInput, match="must be JSON"):
+        read_card(folder)
 
 
 def test_what_a_network_must_be_shown():

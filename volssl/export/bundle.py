@@ -137,7 +137,7 @@ def _size_fault(path: Path) -> str | None:
             header = json.loads(stream.read(told))
             tensors = [about for name, about in header.items() if name != "__metadata__"]
             needed = sum(BYTES[about["dtype"]] * math.prod(map(_side, about["shape"])) for about in tensors)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return "found a header that does not tell types and shapes of tensors"
     there = size - 8 - told
     return None if needed == there else f"its header asks for {needed} bytes of tensors; found {there}"

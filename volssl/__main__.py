@@ -28,6 +28,7 @@ VERBS = {
     "bench": "volssl.bench:run",
     "export": "volssl.export:run",
     "finetune": "volssl.finetune:run",
+    "detect": "volssl.detect:run",
     "predict": "volssl.predict:run",
     "evaluate": "volssl.evaluate:run",
     "report": "volssl.report:run",
@@ -144,6 +145,19 @@ def _command(verb: str, help: str, options: Mapping[str, tuple[Any, Any]]) -> No
     app.command(verb, help=help)(command)
 
 
+LABELLED: dict[str, tuple[Any, Any]] = {
+    "recipe": (Recipe, ASKED),
+    "data": (option(Path, "Labelled cases in a public layout: Decathlon, nnU-Net v2, BraTS, LiTS or LUNA16."), ASKED),
+    "weights": (option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
+    "out": (Out, ASKED),
+    "fold": (option(int, "Which fold is held out.", min=0), 0),
+    "labels": (Labels, 1.0),
+    "seed": (option(int, "Seed of the first weights and of the draws."), 0),
+    "split": (option(Path | None, "Who is trained on and who held out: a file, or official. Else folds are drawn."), None),
+    **ENDINGS,
+    **OVERRIDES,
+}
+
 _command(
     "fetch",
     "Pull series from a PACS over DICOMweb into a folder.",
@@ -230,25 +244,8 @@ _command(
         "overwrite": ENDINGS["overwrite"],
     },
 )
-_command(
-    "finetune",
-    "Train a segmentation network from a bundle or from scratch.",
-    {
-        "recipe": (Recipe, ASKED),
-        "data": (
-            option(Path, "Labelled cases in a public layout: Decathlon, nnU-Net v2, BraTS, LiTS or LUNA16."),
-            ASKED,
-        ),
-        "weights": (option(Path | None, "Bundle to start from; without it the network starts from scratch."), None),
-        "out": (Out, ASKED),
-        "fold": (option(int, "Which fold is held out.", min=0), 0),
-        "labels": (Labels, 1.0),
-        "seed": (option(int, "Seed of the first weights and of the draws."), 0),
-        "split": (option(Path | None, "Who is trained on and who held out: a file, or official. Else folds are drawn."), None),
-        **ENDINGS,
-        **OVERRIDES,
-    },
-)
+_command("finetune", "Train a segmentation network from a bundle or from scratch.", LABELLED)
+_command("detect", "Learn which candidates are nodules, and score those of held-out scans.", LABELLED)
 _command(
     "predict",
     "Segment images: one label map each, on the image's grid.",

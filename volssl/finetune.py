@@ -128,7 +128,7 @@ def fit(task: Task, *, out: Path, options: Options, inputs: Sequence[Path] = ())
     if given is not None and plan.preparation.spacing_mm is None and not made["optimisation"].accept_mismatch:
         _same_voxels(patches.cases, given.card)
     claim_out(out, resume=options.resume, overwrite=options.overwrite, inputs=inputs)
-    _same_run(
+    claim_run(
         out,
         task.values,
         task.splits | {"notes": patches.notes, "weights_sha256": given.card["sha256"] if given else None},
@@ -207,12 +207,12 @@ def first_weights(plan: Plan, given: bundle.Bundle | None, *, made: dict[str, An
         torch.manual_seed(seed)
         net = plan.network()
     if given is not None:
-        _fits(plan.preparation, given.card, accept=made["optimisation"].accept_mismatch)
+        fits_card(plan.preparation, given.card, accept=made["optimisation"].accept_mismatch)
         bundle.into(net.net.encoder, given)  # type: ignore[arg-type]
     return net
 
 
-def _fits(preparation: Preparation, card: dict[str, Any], *, accept: bool) -> None:
+def fits_card(preparation: Preparation, card: dict[str, Any], *, accept: bool) -> None:
     """Refuse a recipe that shows the encoder other voxels than it was trained on."""
     intensity = card["intensity"]
     ct = intensity["modality"] == "CT"
@@ -270,11 +270,12 @@ def _splits(division: Division, train: list[Case], made: dict[str, Any], options
     }
 
 
-def _same_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resume: bool) -> None:
+def claim_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resume: bool, verb: str = "finetune") -> None:
+    """Write recipe.yaml and splits.json into a claimed folder. Raises: BadInput: --resume of another run, or of no run."""
     if resume and any(out.iterdir()) and not (out / "recipe.yaml").exists():
-        raise BadInput(f"--resume {out}: must be a run that finetune began, or empty; found no recipe.yaml in it; choose another folder")
+        raise BadInput(f"--resume {out}: must be a run that {verb} began, or empty; found no recipe.yaml in it; choose another folder")
     if resume and (out / "recipe.yaml").exists() and (out / "splits.json").exists():
-        before = recipes.load(out / "recipe.yaml", verb="finetune")
+        before = recipes.load(out / "recipe.yaml", verb=verb)
         changed = sorted(key for key in before.keys() | values.keys() if before.get(key) != values.get(key) and key != "saving")
         told = read_json(out / "splits.json")
         changed += sorted(key for key in splits if told.get(key) != splits[key])
@@ -283,7 +284,7 @@ def _same_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resu
                 f"--resume: recipe, data and options must be those the run began with; found other values under {', '.join(changed)}; "
                 "start a new run"
             )
-    recipes.save(values, out / "recipe.yaml", verb="finetune")
+    recipes.save(values, out / "recipe.yaml", verb=verb)
     write_json(out / "splits.json", splits)
 
 

@@ -38,8 +38,9 @@ class Mark:
 
 
 def write_luna16(out: Path, *, scans: int = 4, subsets: int = 2, seed: int = 0, size_vox: int = 60) -> Path:
-    """Write LUNA16: subset0 ... with <uid>.mhd and .raw or .zraw, annotations.csv, annotations_excluded.csv, candidates.csv,
-    candidates_V2.csv and seg-lungs-LUNA16; beside them nodule_masks/<uid>.nii.gz and the readers' contours in LIDC-XML-only/.
+    """Write LUNA16: subset0 ... with <uid>.mhd and .raw or .zraw, annotations.csv, candidates.csv, candidates_V2.csv, seg-lungs-LUNA16
+    and evaluationScript/annotations with the excluded findings and the list of scans; beside them nodule_masks/<uid>.nii.gz and the
+    readers' contours in LIDC-XML-only/.
 
     Each scan shows one lung. Scan 0 has two nodules and one mark of two readers (excluded), scan 1 no nodule at all, the others one.
 
@@ -134,7 +135,10 @@ def _others(rng: np.random.Generator, series: str, hu: np.ndarray, *, grid: Grid
 def _write_tables(out: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
     with_size, with_class = (*COLUMNS, "diameter_mm"), (*COLUMNS, "class")
     write_csv(out / "annotations.csv", tables["annotations"], with_size)
-    write_csv(out / "evaluationScript" / "annotations" / "annotations_excluded.csv", tables["excluded"], with_size)
+    kit = out / "evaluationScript" / "annotations"
+    write_csv(kit / "annotations.csv", tables["annotations"], with_size)
+    write_csv(kit / "annotations_excluded.csv", tables["excluded"], with_size)
+    write_text(kit / "seriesuids.csv", "".join(f"{name}\n" for name in dict.fromkeys(row["seriesuid"] for row in tables["candidates"])))
     write_csv(out / "candidates_V2.csv", tables["candidates"], with_class)
     # The first version found fewer of the nodules.
     write_csv(out / "candidates.csv", [row for row in tables["candidates"] if row["class"] == 0] + tables["candidates"][:1], with_class)

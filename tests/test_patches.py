@@ -1,5 +1,9 @@
 """Patches: the stream is a function of (seed, step, rank); workers and resuming do not change it; body is preferred."""
 
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +11,8 @@ import pytest
 import torch
 
 from volssl.files import BadInput
-from volssl.patches import PatchPlan, PatchStream, Source, loader, to_unit
+from volssl.parcels import unpack
+from volssl.patches import PatchPlan, PatchStream, Source, deaths_told, loader, to_unit
 
 
 @dataclass(frozen=True)
@@ -104,3 +109,73 @@ def test_bad_plans_and_empty_splits():
         PatchPlan(box_vox=(0, 8, 8), batch_size=0, min_body=2.0)
     with pytest.raises(BadInput, match=r"split 'test' must hold.*train, val"):
         PatchStream(MemoryStore(SHAPES), PLAN, source=Source(split="test"), steps=1)
+
+
+def doubled(boxes, step):
+    return {"boxes": 2 * boxes, "step": step, "threads": torch.get_num_threads()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_made_of_the_boxes_arrives_in_their_place(workers):
+    stream = PatchStream(MemoryStore(SHAPES), PatchPlan((8, 8, 8), 3, workers), source=Source(), steps=5, make=doubled)
+    for step, (batch, (boxes, scan_ids, corners)) in enumerate(zip(loader(stream), batches(steps=5), strict=True)):
+        made = unpack(batch.views, torch.device("cpu"))
+        assert torch.equal(made["boxes"], 2 * boxes) and made["step"] == step
+        assert workers == 0 or made["threads"] == 1
+        assert batch.boxes_BCXYZ.numel() == 0 and batch.scan_ids == scan_ids and batch.corners_B3.tolist() == corners
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_complaint_of_the_stream_arrives_as_it_was_written(workers):
+    def refuse(boxes, step):
+        raise BadInput(f"step {step}: must be smaller")
+
+    stream = PatchStream(MemoryStore(SHAPES), PatchPlan((8, 8, 8), 3, workers), source=Source(), steps=2, make=refuse)
+    with pytest.raises(BadInput, match=r"^step 0: must be smaller$"):
+        next(loader(stream))
+
+
+def test_a_killed_worker_is_one_clear_complaint():
+    before = set(multiprocessing.active_children())
+    stream = PatchStream(MemoryStore(SHAPES), PatchPlan((8, 8, 8), 3, 1), source=Source(), steps=10**6)
+    read = loader(stream)
+    next(read)
+    [worker] = set(multiprocessing.active_children()) - before
+    with (
+        pytest.raises(BadInput, match=r"patches.workers: every worker must live.*found: DataLoader worker.*lower.*--resume"),
+        deaths_told(),
+    ):
+        os.kill(worker.pid, signal.SIGKILL)
+        # It may be told by a signal at any place, or when the next batch is asked for.
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            next(read)
+    with pytest.raises(RuntimeError, match="something else"), deaths_told():
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("reset"), RuntimeError("received 0 items of ancdata")], ids=repr)
+def test_a_worker_that_dies_while_it_hands_over_is_told_alike(error, monkeypatch):
+    class Broken:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            raise error
+            yield
+
+    monkeypatch.setattr("volssl.patches.DataLoader", Broken)
+    stream = PatchStream(MemoryStore(SHAPES), PLAN, source=Source(), steps=2)
+    with pytest.raises(BadInput, match=f"found: DataLoader worker broke off, {type(error).__name__}"), deaths_told():
+        next(loader(stream))
+
+
+def test_who_makes_the_views():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    asked = {"auto": (True, False), "device": (False, False), "workers": (True, True)}
+    for views, (on_cpu, on_gpu) in asked.items():
+        plan = PatchPlan(workers=1, views=views)
+        assert (plan.workers_make_views(cpu), plan.workers_make_views(gpu)) == (on_cpu, on_gpu)
+    assert not PatchPlan(workers=0).workers_make_views(cpu)
+    with pytest.raises(BadInput, match=r"views: workers.*found workers: 0"):
+        PatchPlan(workers=0, views="workers")

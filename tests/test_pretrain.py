@@ -1,11 +1,13 @@
 """Pretraining end to end on a tiny store: it learns, resumes to the bit, stops on signals and on losses that are not finite."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from volssl.compiling import trouble
 from volssl.export.bundle import load_encoder
 from volssl.files import BadInput, write_json
 from volssl.journal import read_metrics
+from volssl.methods.pcrlv2 import PCRLv2
 from volssl.store import About, Entry, Store
 
 TINY = [
@@ -129,6 +132,50 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_store, whole, tmp_pat
     train(tiny_store, out, override, resume=True)
     assert same(state(out), state(whole))
     assert untimed(out) == untimed(whole)
+
+
+@pytest.mark.parametrize("settings", [(1, "device"), (1, "auto"), (2, "workers")], ids=str)
+def test_neither_the_number_of_workers_nor_the_place_of_the_views_changes_a_bit(tiny_store, whole, tmp_path, settings):
+    workers, views = settings
+    train(tiny_store, tmp_path / "run", f"patches.workers={workers}", f"patches.views={views}")
+    assert same(state(tmp_path / "run"), state(whole))
+    assert untimed(tmp_path / "run") == untimed(whole)
+
+
+def test_a_killed_worker_ends_the_run_with_one_error_and_it_resumes_to_the_bit(tiny_store, whole, tmp_path, monkeypatch, capsys):
+    real_step, calls = pretrain._step, []
+
+    def step_then_kill(current, party, lr):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(60)  # the news arrives as a signal, wherever the training is
+        return real_step(current, party, lr)
+
+    settings = [*TINY, "patches.workers=1", "saving.checkpoint_every=2"]
+    flags = {"recipe": "pcrlv2", "store": tiny_store, "out": tmp_path / "run", "overrides": settings}
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "_step", step_then_kill)
+        assert run_verb("pretrain", flags) == 2
+    message = capsys.readouterr().err
+    assert message.count("every worker must live as long as the run") == 1 and "Traceback" not in message
+    assert not (tmp_path / "run" / "bundle").exists()
+    train(tiny_store, tmp_path / "run", *settings[len(TINY) :], resume=True)
+    assert same(state(tmp_path / "run"), state(whole))
+
+
+def test_a_nan_in_a_view_that_a_worker_made_is_found(tiny_store, tmp_path, monkeypatch):
+    original = PCRLv2.views
+
+    def poisoned(self, x_BCXYZ, draws, *, spacing_mm):
+        made = original(self, x_BCXYZ, draws, spacing_mm=spacing_mm)
+        if draws.step == 3 and draws.stream == "":
+            made.locals[1, 0, 2, 2, 2] = float("nan")
+        return made
+
+    monkeypatch.setattr(PCRLv2, "views", poisoned)  # workers are forked and have it too
+    with pytest.raises(NotFinite, match=r"step 3: .*compare_locals = nan.* on scans S\d"):
+        train(tiny_store, tmp_path / "run", "patches.workers=2")
 
 
 @pytest.mark.slow
@@ -335,3 +382,23 @@ def test_a_run_whose_export_nobody_could_load_does_not_begin(tiny_store, tmp_pat
     with pytest.raises(BadInput, match=told):
         train(tiny_store, tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_begins_anew_makes_the_same_views_and_needs_no_archive_library(tiny_store, whole, tmp_path):
+    # As where processes are not forked; what a worker imports it then imports itself, and finds these missing.
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    for name in ("nibabel", "SimpleITK", "pydicom", "monai", "torchio"):
+        (missing / f"{name}.py").write_text(f"raise ImportError('{name} is not there')\n")
+    overrides = [*TINY, "patches.workers=1", "patches.views=workers"]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\nfrom pathlib import Path\nfrom volssl import pretrain\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.set_start_method('spawn')\n"
+        f"    pretrain.run('pcrlv2', store=Path({str(tiny_store)!r}), out=Path({str(tmp_path / 'run')!r}), overrides={overrides!r})\n"
+    )
+    paths = os.pathsep.join([str(missing), str(Path(pretrain.__file__).parents[1])])
+    subprocess.run([sys.executable, str(script)], check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
+    assert same(state(tmp_path / "run"), state(whole))

@@ -20,9 +20,9 @@ from volssl import recipe as recipes
 from volssl.draws import generator
 from volssl.files import BadInput, Outcome, claim_out, track, write_json
 from volssl.journal import Clock
-from volssl.patches import PatchStream, Source
+from volssl.patches import PatchStream, Source, deaths_told
 from volssl.pretrain import PARTS, method_of, play
-from volssl.running import Run, Training, open_fabric, start, stream_of, world_size
+from volssl.running import Run, Training, open_fabric, start, training_batches, world_size
 from volssl.store import About, Entry, Store
 
 WARM_UP = 3  # steps that are not counted: memory is taken, kernels are chosen and compiled, workers start
@@ -56,7 +56,7 @@ def run(
         PatchStream(Store.open(store), made["patches"], source=Source(), steps=1)
     if out is not None:
         out = claim_out(Path(out), overwrite=overwrite, inputs=[store] if store is not None else [])
-    with tempfile.TemporaryDirectory(prefix="volssl-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="volssl-bench-") as folder, deaths_told():
         opened = Store.open(store) if store is not None else synthetic_store(Path(folder) / "store", made["patches"].box_vox)
         figures = {"recipe": Path(recipe).stem, "store": "given" if store else "synthetic", **measure(made, opened, steps=steps)}
     if out is not None:
@@ -71,7 +71,7 @@ def measure(made: dict[str, Any], store: Store, *, steps: int) -> dict[str, Any]
     method = method_of(made)
     # Whether views are compiled must not depend on how few steps are measured: the schedule stays the recipe's own.
     current = start(fabric, method, made, store=store, out=Path())
-    batches = iter(stream_of(current, "patches", "train", steps=(WARM_UP + steps) * training.accumulate))
+    batches = training_batches(current, steps=(WARM_UP + steps) * training.accumulate)
     begun = time.monotonic()
     with _peak_memory(fabric.device):
         _steps(current, batches, range(WARM_UP), Clock())
@@ -93,6 +93,7 @@ def measure(made: dict[str, Any], store: Store, *, steps: int) -> dict[str, Any]
         "device": torch.cuda.get_device_name(fabric.device) if cuda else f"CPU ({torch.backends.cpu.get_cpu_capability()})",
         "threads": torch.get_num_threads(),
         "workers": made["patches"].workers,
+        "views": "workers" if made["patches"].workers_make_views(fabric.device) else "device",
         "precision": str(fabric._precision.precision),
         "compile": compiling.resolved(training.compile, device=fabric.device, steps=training.steps),
         "torch": torch.__version__,
@@ -140,7 +141,8 @@ def sentence(figures: dict[str, Any]) -> str:
         f"{figures['samples_per_second']:.3g} samples/s, {100 * figures['data_wait_share']:.1f} % of the time waiting for data, "
         f"peak {figures['peak_memory_mb'] / 1e3:.2f} GB ({of}); the whole recipe would take {figures['hours']:.3g} hours here\n"
         f"measured over {figures['steps_measured']} steps of batch {figures['batch_size']} on {figures['device']}, "
-        f"{figures['precision']}, {figures['threads']} threads, {figures['workers']} workers, compile {figures['compile']}"
+        f"{figures['precision']}, {figures['threads']} threads, {figures['workers']} workers, views by the {figures['views']}, "
+        f"compile {figures['compile']}"
     )
 
 

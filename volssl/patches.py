@@ -1,13 +1,15 @@
 """Store -> batches of boxes, drawn as a pure function of (seed, step, rank).
 
 A batch is one item of a map-style dataset indexed by the step, so the stream does not depend on the number of workers, and a resumed run
-asks for the next step and gets what it would have got.
+asks for the next step and gets what it would have got. The workers that read may also make a method's views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from volssl.draws import generator
 from volssl.files import BadInput
+from volssl.parcels import Parcel, pack
 from volssl.store import Store
 
 Size = tuple[int, int, int]
@@ -23,11 +26,17 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Patches:
-    """One batch. boxes_BCXYZ: int16 as stored. scan_ids: pseudonyms. corners_B3: first voxel of each box in its stored array."""
+    """One batch. boxes_BCXYZ: int16 as stored. scan_ids: pseudonyms. corners_B3: first voxel of each box in its stored array.
+    views: what a worker made of the boxes, which then have stayed there (there are none here)."""
 
     boxes_BCXYZ: Tensor
     scan_ids: list[str]
     corners_B3: Tensor
+    views: Parcel | None = None
+
+    def pin_memory(self) -> Patches:
+        """Copy in page-locked memory, for CUDA."""
+        return replace(self, boxes_BCXYZ=self.boxes_BCXYZ.pin_memory(), views=self.views and self.views.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class PatchPlan:
 
     Attributes:
         box_vox: sides of the parent box of a sample. batch_size: samples per step and process. workers: reading processes.
+        views: where views are made: on the "device" that trains, by the "workers" on the CPU, one thread each, or "auto": by the workers
+            where the device is a CPU and there are any. The numbers are the same on a CPU; a GPU draws other noise.
         min_body: a box should hold at least this share of body; the best of `attempts` draws is taken, so a small scan cannot hang it.
         body_above: what counts as body, on the [0, 1] scale of the store's window (0.1 of a [-1000, 1000] HU window is -800 HU, which
             leaves out air but not lung vessels).
@@ -44,6 +55,7 @@ class PatchPlan:
     box_vox: Size = (128, 128, 112)
     batch_size: int = 8
     workers: int = 2
+    views: Literal["auto", "device", "workers"] = "auto"
     min_body: float = 0.2
     body_above: float = 0.1
     attempts: int = 4
@@ -56,10 +68,18 @@ class PatchPlan:
             faults.append(
                 f"batch_size >= 1, workers >= 0, attempts >= 1 must hold; found {self.batch_size}, {self.workers}, {self.attempts}"
             )
+        if self.views == "workers" and self.workers < 1:
+            faults.append(
+                f"views: workers can make them only where there are any; found workers: {self.workers}; raise it or set views: auto"
+            )
         if not 0 <= self.min_body <= 1:
             faults.append(f"min_body must lie in [0, 1]; found {self.min_body}")
         if faults:
             raise BadInput("; ".join(faults))
+
+    def workers_make_views(self, device: torch.device) -> bool:
+        """What `views` comes to where `device` trains."""
+        return self.views == "workers" or (self.views == "auto" and self.workers > 0 and device.type == "cpu")
 
 
 @dataclass(frozen=True)
@@ -75,11 +95,14 @@ class Source:
 class PatchStream(Dataset[Patches]):
     """Batches by step. Every sample b of a step draws from (seed, stream, step, rank * batch_size + b) alone.
 
+    Args: make: turns the boxes of a step into views, for which a batch then holds a parcel instead of its boxes.
     Raises: BadInput: if the split holds no scan.
     """
 
-    def __init__(self, store: Store, plan: PatchPlan, *, source: Source, steps: int) -> None:
-        self.store, self.plan, self.source, self.steps = store, plan, source, steps
+    def __init__(
+        self, store: Store, plan: PatchPlan, *, source: Source, steps: int, make: Callable[[Tensor, int], Any] | None = None
+    ) -> None:
+        self.store, self.plan, self.source, self.steps, self.make = store, plan, source, steps, make
         self.rows = [row for row in store.rows if row.split == source.split]
         if not self.rows:
             splits = sorted({row.split for row in store.rows})
@@ -96,7 +119,11 @@ class PatchStream(Dataset[Patches]):
         """The batch of `step`."""
         drawn = [self._sample(step, self.source.rank * self.plan.batch_size + b) for b in range(self.plan.batch_size)]
         boxes, scan_ids, corners = zip(*drawn, strict=True)
-        return Patches(torch.from_numpy(np.stack(boxes)), list(scan_ids), torch.tensor(corners))
+        patches = Patches(torch.from_numpy(np.stack(boxes)), list(scan_ids), torch.tensor(corners))
+        if self.make is None:
+            return patches
+        made = pack(self.make(patches.boxes_BCXYZ, step))
+        return replace(patches, boxes_BCXYZ=patches.boxes_BCXYZ.new_empty(0), views=made)
 
     def _sample(self, step: int, sample: int) -> tuple[np.ndarray, str, list[int]]:
         draws = generator(self.source.seed, self.source.stream, step, sample)
@@ -130,23 +157,72 @@ class _Steps(torch.utils.data.Sampler[int]):
         return len(self._range)
 
 
-def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> DataLoader[Patches]:
-    """Batches of the steps from `first_step` to the stream's end, read ahead by the plan's workers; `pin` for a CUDA device."""
+class _Answers(Dataset[Patches | BadInput]):
+    """A stream whose complaints are items, so that they arrive as they were written: torch would put a traceback into their text."""
+
+    def __init__(self, stream: PatchStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, step: int) -> Patches | BadInput:
+        try:
+            return self.stream[step]
+        except BadInput as complaint:
+            return complaint
+
+
+def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> Iterator[Patches]:
+    """Batches of the steps from `first_step` to the stream's end, read ahead by the plan's workers; `pin` for a CUDA device.
+
+    The workers start at once. Raises: BadInput: what the stream raises, here or in a worker.
+    """
     workers = min(stream.plan.workers, max(stream.steps - first_step, 0))
-    return DataLoader(
-        stream,
+    ahead = 2 if stream.make else 4  # batches per worker: what is read ahead lies in shared memory
+    answers: DataLoader[Any] = DataLoader(
+        _Answers(stream),
         batch_size=None,
         sampler=_Steps(first_step, stream.steps),
         num_workers=workers,
-        collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
-        prefetch_factor=4 if workers else None,
+        collate_fn=_as_is,
+        prefetch_factor=ahead if workers else None,
         pin_memory=pin,
         persistent_workers=False,
     )
+    return _told(iter(answers))
 
 
-def _as_is(batch: Patches) -> Patches:
+def _told(answers: Iterator[Any]) -> Iterator[Patches]:
+    while True:
+        try:
+            answer = next(answers)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, RuntimeError) as error:
+            # How it looks when a worker dies while it hands something over; its own errors are told as "Caught ... in DataLoader worker".
+            if str(error).startswith("Caught") or (isinstance(error, RuntimeError) and "ancdata" not in str(error)):
+                raise
+            raise RuntimeError(f"DataLoader worker broke off, {type(error).__name__}") from error
+        if isinstance(answer, BadInput):
+            raise answer
+        yield answer
+
+
+def _as_is(batch: Any) -> Any:
     return batch
+
+
+@contextmanager
+def deaths_told() -> Iterator[None]:
+    """Within it the death of a worker, which torch tells wherever the training just is, is one clear complaint. Raises: BadInput."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).partition("\n")[0]
+        if not what.startswith("DataLoader worker"):
+            raise
+        raise BadInput(
+            f"patches.workers: every worker must live as long as the run; found: {what.strip()}; where memory ran out, lower "
+            "patches.workers or patches.batch_size; continue with --resume"
+        ) from None
 
 
 def to_unit(boxes_BCXYZ: Tensor, window: tuple[float, float], device: torch.device) -> Tensor:

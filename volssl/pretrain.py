@@ -18,8 +18,8 @@ from volssl.export import bundle
 from volssl.files import BadInput, Outcome, claim_out, track
 from volssl.journal import Clock, Journal, write_environment
 from volssl.methods.method import AbstractMethod
-from volssl.patches import PatchPlan, PatchStream, Source
-from volssl.running import Run, Training, open_fabric, scaler_of, start, stream_of, views_of, world_size
+from volssl.patches import PatchPlan, PatchStream, Source, deaths_told
+from volssl.running import Run, Training, open_fabric, scaler_of, start, training_batches, views_of, world_size
 from volssl.schedule import warmup_cosine
 from volssl.store import Store
 from volssl.watch import Saving, look, look_at_untrained
@@ -64,7 +64,7 @@ def run(
         current.restore(state)
     if processes.rank() == 0:
         write_environment(out, device=fabric.device, precision=str(fabric._precision.precision), seed=training.seed)
-    with StopSignal() as stop, Journal(out, steps_done=current.steps_done, silent=processes.rank() > 0) as journal:
+    with StopSignal() as stop, Journal(out, steps_done=current.steps_done, silent=processes.rank() > 0) as journal, deaths_told():
         if current.steps_done == 0:
             look_at_untrained(current, made["saving"], journal)
         _train(current, made["saving"], checkpoints, journal, stop)
@@ -105,7 +105,7 @@ def _train(current: Run, saving: Saving, checkpoints: Checkpoints, journal: Jour
     """The training loop: views, then per turn backward and step, then what is due is written."""
     training, fabric = current.training, current.fabric
     per_step = training.accumulate
-    batches = iter(stream_of(current, "patches", "train", steps=training.steps * per_step, first=current.steps_done * per_step))
+    batches = training_batches(current, steps=training.steps * per_step, first=current.steps_done * per_step)
     clock = Clock()
     earlier: Terms | None = None
     remaining = range(current.steps_done, training.steps)

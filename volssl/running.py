@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from volssl import compiling, processes
 from volssl.draws import Draws
 from volssl.files import BadInput
-from volssl.methods.method import AbstractMethod
+from volssl.methods.method import AbstractMethod, without_weights
+from volssl.parcels import unpack
 from volssl.patches import Patches, PatchPlan, PatchStream, Source, loader, to_unit
 from volssl.store import Store
 
@@ -133,14 +137,76 @@ def scaler_of(fabric: Fabric) -> Any:
     return getattr(fabric._precision, "scaler", None)
 
 
-def stream_of(current: Run, stream: str, split: str, *, steps: int, first: int = 0) -> Any:
-    """Batches of the steps from `first` on; `stream` names the draws, so that a look draws other boxes than the training."""
-    patches = PatchStream(current.store, current.plan, source=Source(split, current.training.seed, stream, processes.rank()), steps=steps)
+def training_batches(current: Run, *, steps: int, first: int = 0) -> Iterator[Patches]:
+    """Batches of the training from number `first` to `steps`, for `views_of`; with their views, where the workers make them."""
+    make = None
+    if current.plan.workers_make_views(current.fabric.device):
+        make = _maker(current, "")
+        if compiling.resolved(current.training.compile, device=current.fabric.device, steps=current.training.steps) != "off":
+            _compile_before_the_workers_start(current, make)
+    return _batches(current, "patches", "train", first=first, steps=steps, make=make)
+
+
+def stream_of(current: Run, stream: str, split: str, *, steps: int) -> Iterator[Patches]:
+    """Batches to look at, whose views `views_of` makes; `stream` names the draws, so that a look draws other boxes than the training."""
+    return _batches(current, stream, split, steps=steps)
+
+
+def _batches(current: Run, stream: str, split: str, *, steps: int, first: int = 0, make: ViewMaker | None = None) -> Iterator[Patches]:
+    source = Source(split, current.training.seed, stream, processes.rank())
+    patches = PatchStream(current.store, current.plan, source=source, steps=steps, make=make)
     return loader(patches, first_step=first, pin=current.fabric.device.type == "cuda")
 
 
+@dataclass(frozen=True)
+class ViewMaker:
+    """Boxes as stored -> a method's views, as a function of (seed, stream, number of the batch, rank) alone.
+
+    On a CPU it keeps to one thread, in a worker as in the training process: products of matrices depend on the number of threads in their
+    last bit. Attributes: method: without weights. window, spacing_mm: of the store.
+    """
+
+    method: AbstractMethod
+    window: tuple[float, float]
+    spacing_mm: tuple[float, float, float]
+    seed: int
+    stream: str
+    rank: int
+    device: torch.device = torch.device("cpu")
+
+    def __call__(self, boxes_BCXYZ: Tensor, index: int) -> Any:
+        """The views of batch `index`."""
+        with _one_thread() if self.device.type == "cpu" else nullcontext():
+            x_BCXYZ = to_unit(boxes_BCXYZ, self.window, self.device)
+            draws = Draws(self.seed, index, self.rank * len(x_BCXYZ), len(x_BCXYZ), self.stream)
+            return self.method.views(x_BCXYZ, draws, spacing_mm=self.spacing_mm)
+
+
+def _maker(current: Run, stream: str, device: torch.device = torch.device("cpu")) -> ViewMaker:
+    store = current.store
+    light = without_weights(current.method)
+    return ViewMaker(light, store.window, store.spacing_mm, current.training.seed, stream, processes.rank(), device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compile_before_the_workers_start(current: Run, make: ViewMaker) -> None:
+    # Forked workers take over what is compiled; otherwise each of them would compile the same for itself.
+    channels, air = current.store.rows[0].channels, round(current.store.window[0])
+    boxes = torch.full((current.plan.batch_size, channels, *current.plan.box_vox), air, dtype=torch.int16)
+    for index in range(3):  # crops of other sizes may be compiled apart
+        make(boxes, index)
+
+
 def views_of(current: Run, patches: Patches, index: int, stream: str = "") -> Any:
-    """The method's views of a batch, made on the device."""
-    x_BCXYZ = to_unit(patches.boxes_BCXYZ, current.store.window, current.fabric.device)
-    draws = Draws(current.training.seed, index, processes.rank() * len(x_BCXYZ), len(x_BCXYZ), stream)
-    return current.method.views(x_BCXYZ, draws, spacing_mm=current.store.spacing_mm)
+    """The method's views of a batch: those a worker made, or made now on the device."""
+    device = current.fabric.device
+    return unpack(patches.views, device) if patches.views is not None else _maker(current, stream, device)(patches.boxes_BCXYZ, index)

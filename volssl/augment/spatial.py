@@ -160,8 +160,19 @@ def by_gathers(x_BCXYZ: Tensor, step_B33: Tensor, centre_B3: Tensor, size: Size,
 
 
 def compiled_sampler() -> Sampler:
-    """`by_gathers`, compiled when it is first used; raises what torch.compile raises."""
-    return partial(by_gathers, reads=torch.compile(_eight_reads, dynamic=True))
+    """`by_gathers`, compiled when it is first used; raises what torch.compile raises. Sent to another process it is compiled there."""
+    return _Compiled()
+
+
+class _Compiled:
+    def __init__(self) -> None:
+        self._reads = torch.compile(_eight_reads, dynamic=True)
+
+    def __call__(self, x_BCXYZ: Tensor, step_B33: Tensor, centre_B3: Tensor, size: Size) -> Tensor:
+        return by_gathers(x_BCXYZ, step_B33, centre_B3, size, reads=self._reads)
+
+    def __reduce__(self) -> tuple[type[_Compiled], tuple[()]]:
+        return _Compiled, ()
 
 
 def _eight_reads(x_BCXYZ: Tensor, step_B33: Tensor, centre_B3: Tensor, *size: int) -> Tensor:

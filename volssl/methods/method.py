@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +53,10 @@ class AbstractMethod(nn.Module, ABC):
 
     @abstractmethod
     def views(self, x_BCXYZ: Tensor, draws: Draws, *, spacing_mm: tuple[float, float, float]) -> Any:
-        """Make a step's views from parent boxes on the [0, 1] scale: a frozen dataclass that also holds the numbers drawn for it."""
+        """Make a step's views from parent boxes on the [0, 1] scale: a frozen dataclass that also holds the numbers drawn for it.
+
+        Called on a copy `without_weights`, here or in a worker: views depend on the boxes and the draws alone.
+        """
 
     @abstractmethod
     def turns(self, views: Any, progress: float) -> Iterator[Turn]:
@@ -79,6 +83,13 @@ class AbstractMethod(nn.Module, ABC):
 
     def after_step(self, progress: float) -> None:
         """What happens after a step, such as a moving average."""
+
+
+def without_weights(method: AbstractMethod) -> AbstractMethod:
+    """A copy that has the settings and no parameters, buffers or parts: enough to make views, and light to send to another process."""
+    light = copy.copy(method)
+    light._parameters, light._buffers, light._modules = {}, {}, {}
+    return light
 
 
 def middle(x_BCXYZ: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""Parcels: what is unpacked is what was packed, in one piece of shared memory."""
+
+import pickle
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from torch import Tensor
+
+from volssl.parcels import ALIGNMENT, pack, unpack
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Pair:
+    seen: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    pair: Pair
+    sizes: tuple[Tensor, ...]
+    named: dict[str, Tensor]
+    scale: int
+    none: Tensor | None = None
+
+
+def example() -> Example:
+    source = torch.Generator().manual_seed(0)
+    volume = torch.randn(2, 3, 4, 5, 6, generator=source)
+    wide = torch.randn(2, 3, 4, 5, 6, generator=source).to(memory_format=torch.channels_last_3d)
+    return Example(
+        Pair(volume, volume),
+        (torch.arange(3), torch.tensor(2.5, dtype=torch.float64), torch.empty(0, 7)),
+        {"wide": wide, "repeated": torch.tensor([True, False]).expand(3, 2), "half": volume.bfloat16(), "window": volume[:, :, 1:3]},
+        7,
+    )
+
+
+def tensors(value: Example) -> list[Tensor]:
+    return [value.pair.seen, value.pair.target, *value.sizes, *value.named.values()]
+
+
+def test_what_is_unpacked_is_what_was_packed():
+    before = example()
+    after = unpack(pack(before), CPU)
+    assert (after.scale, after.none, list(after.named)) == (7, None, list(before.named))
+    for one, other in zip(tensors(before), tensors(after), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert after.named["wide"].is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_all_lies_in_one_aligned_piece_of_shared_memory_and_nothing_twice():
+    parcel = pack(example())
+    assert parcel.content.is_shared()
+    after = unpack(parcel, CPU)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors(after) if tensor.numel()}
+    assert storages == {parcel.content.untyped_storage().data_ptr()}
+    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors(after) if tensor.numel())
+    assert after.pair.seen.data_ptr() == after.pair.target.data_ptr()
+    used = sum(-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors(after)[1:])
+    assert parcel.content.numel() == used
+    # What goes through a queue is small: the voxels stay where they are.
+    assert len(ForkingPickler.dumps(parcel)) < 2000
+
+
+def test_a_change_of_the_original_does_not_reach_the_parcel():
+    before = example()
+    parcel = pack(before)
+    first = before.pair.seen.clone()
+    before.pair.seen.zero_()
+    assert torch.equal(unpack(parcel, CPU).pair.seen, first)
+
+
+def test_volumes_go_to_the_device_and_numbers_stay():
+    after = unpack(pack(example()), torch.device("meta"))
+    assert {tensor.device.type for tensor in (after.pair.seen, after.named["wide"], after.named["half"])} == {"meta"}
+    assert {tensor.device.type for tensor in (*after.sizes, after.named["repeated"])} == {"cpu"}
+
+
+def test_without_tensors_and_with_what_cannot_be_packed():
+    assert unpack(pack({"a": [1, "b"]}), CPU) == {"a": [1, "b"]}
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pack(lambda: 0)

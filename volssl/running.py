@@ -202,8 +202,7 @@ def _compile_before_the_workers_start(current: Run, make: ViewMaker) -> None:
     # Forked workers take over what is compiled; otherwise each of them would compile the same for itself.
     channels, air = current.store.rows[0].channels, round(current.store.window[0])
     boxes = torch.full((current.plan.batch_size, channels, *current.plan.box_vox), air, dtype=torch.int16)
-    for index in range(3):  # crops of other sizes may be compiled apart
-        make(boxes, index)
+    make(boxes, 0)
 
 
 def views_of(current: Run, patches: Patches, index: int, stream: str = "") -> Any:

@@ -156,7 +156,11 @@ def by_gathers(x_BCXYZ: Tensor, step_B33: Tensor, centre_B3: Tensor, size: Size,
     Args: reads: `_eight_reads` compiled, or None for the plain function.
     """
     step_B33, centre_B3 = step_B33.to(x_BCXYZ.device, non_blocking=True), centre_B3.to(x_BCXYZ.device, non_blocking=True)
-    return (reads or _eight_reads)(x_BCXYZ, step_B33, centre_B3, *size)
+    # Flat, no view of another tensor, and with its sides as numbers in a tensor: every kind of these would be compiled apart.
+    sides = torch.tensor(x_BCXYZ.shape[2:], dtype=torch.int32).to(x_BCXYZ.device, non_blocking=True)
+    dense = x_BCXYZ.contiguous() if x_BCXYZ.storage_offset() == 0 else x_BCXYZ.clone(memory_format=torch.contiguous_format)
+    flat = dense.new_empty(0).set_(dense.untyped_storage(), 0, (dense.numel(),), (1,))
+    return (reads or _eight_reads)(flat, sides, x_BCXYZ.shape[1], step_B33, centre_B3, *size)
 
 
 def compiled_sampler() -> Sampler:
@@ -175,18 +179,18 @@ class _Compiled:
         return _Compiled, ()
 
 
-def _eight_reads(x_BCXYZ: Tensor, step_B33: Tensor, centre_B3: Tensor, *size: int) -> Tensor:
-    batch, channels, *sides = x_BCXYZ.shape
-    places = list(_positions(step_B33, centre_B3, (size[0], size[1], size[2]), x_BCXYZ.device))
+def _eight_reads(flat: Tensor, sides_3: Tensor, channels: int, step_B33: Tensor, centre_B3: Tensor, *size: int) -> Tensor:
+    batch, sides = len(step_B33), sides_3.unbind()
+    places = list(_positions(step_B33, centre_B3, (size[0], size[1], size[2]), flat.device))
     lows = [place.floor() for place in places]
-    first = torch.arange(batch * channels, device=x_BCXYZ.device).view(batch, channels, 1, 1, 1) * (sides[0] * sides[1] * sides[2])
-    flat, total = x_BCXYZ.reshape(-1), torch.zeros((), dtype=x_BCXYZ.dtype, device=x_BCXYZ.device)
+    first = torch.arange(batch * channels, device=flat.device).view(batch, channels, 1, 1, 1) * sides_3.long().prod()
+    total, zero = torch.zeros((), dtype=flat.dtype, device=flat.device), torch.zeros((), dtype=torch.int32, device=flat.device)
     for corner in range(8):
-        index, weight = torch.zeros((), dtype=torch.long, device=x_BCXYZ.device), torch.ones((), device=x_BCXYZ.device)
+        index, weight = zero, torch.ones((), device=flat.device)
         for place, low, side, up in zip(places, lows, sides, (corner // 4, corner // 2 % 2, corner % 2), strict=True):
             share = place - low if up else 1 - (place - low)
             weight = weight * torch.where((low + up >= 0) & (low + up <= side - 1), share, 0.0)
-            index = index * side + (low + up).clamp(0, side - 1).to(torch.int32)
+            index = index * side + (low + up).to(torch.int32).clamp(min=0).minimum(side - 1)
         total = total + weight[:, None] * flat[first + index[:, None]]
     return total
 

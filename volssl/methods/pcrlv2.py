@@ -26,6 +26,7 @@ from volssl.files import BadInput
 from volssl.losses import siamese_distance
 from volssl.methods.method import AbstractMethod, Glance, Turn, middle
 from volssl.nets.blocks import Norm
+from volssl.nets.composed import shared_kernels
 from volssl.nets.heads import ComparisonHead, MidRestorationHead, RestorationHead, precise
 from volssl.nets.sides import side_fault
 from volssl.schedule import cosine
@@ -219,8 +220,10 @@ class PCRLv2(AbstractMethod):
     def turns(self, views: Views, progress: float) -> Iterator[Turn]:
         """One turn with all terms; terms that are switched off are absent."""
         both = len(self.comparison_heads) > 0 or self.restoration.views == "both"
-        maps = [self.net(view.seen) for view in ((views.one, views.other) if both else (views.one,))]
-        yield "all", self._restorations(maps, views, progress) | self._comparisons(maps, views)
+        with shared_kernels():
+            maps = [self.net(view.seen) for view in ((views.one, views.other) if both else (views.one,))]
+            losses = self._restorations(maps, views, progress) | self._comparisons(maps, views)
+        yield "all", losses
 
     def _restorations(self, maps: list[list[Tensor]], views: Views, progress: float) -> dict[str, Tensor]:
         """L_final and beta L_mid, over the views that are restored."""

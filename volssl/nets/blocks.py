@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from volssl.nets.composed import composed_up_conv, composing_pays, no_autocast
+from volssl.nets.composed import composed_up_conv, composing_pays, is_composed, no_autocast
 from volssl.processes import BatchNorm3d
 
 Norm = Literal["batch", "instance", "group"]
@@ -96,10 +96,11 @@ class UpBlock(nn.Module):
         conv = self.block.conv
         inside = self.up.in_channels
         bias = conv.bias if skip_BCXYZ is None else None
-        if composing_pays(coarse_BCXYZ, conv.out_channels):
-            y = composed_up_conv(coarse_BCXYZ, self.up, conv.weight[:, :inside], bias)
+        weight = conv.weight[:, :inside]
+        if composing_pays(coarse_BCXYZ, conv.out_channels) or is_composed(self.up, weight):
+            y = composed_up_conv(coarse_BCXYZ, self.up, weight, bias)
         else:
-            y = padded_conv(self.up(coarse_BCXYZ), conv.weight[:, :inside], bias)
+            y = padded_conv(self.up(coarse_BCXYZ), weight, bias)
         if skip_BCXYZ is not None:
             y = y + padded_conv(skip_BCXYZ, conv.weight[:, inside:], conv.bias)
         return F.relu(self.block.norm(y), inplace=True)

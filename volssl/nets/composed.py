@@ -7,7 +7,9 @@ Per fine voxel that is 2 taps an axis, 8 instead of 27, and the up-sampled tenso
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,19 +35,90 @@ def composing_pays(coarse_BAXYZ: Tensor, out_channels: int) -> bool:
     return voxels * (8 * a + 152 * b) > 64 * a * b
 
 
+@contextmanager
+def shared_kernels() -> Iterator[None]:
+    """Within it the forward passes of one loss compose the kernel of an up-step once, instead of once a pass.
+
+    It may hold several passes but no backward pass, which frees what the passes share. A kernel of weights that were changed since, or
+    of another precision, is composed anew. Where a compiler traces the passes, nothing is shared.
+    """
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+_SHARED: ContextVar[dict[Any, tuple[Tensor, Tensor | None]] | None] = ContextVar("kernels of this loss", default=None)
+
+
+def is_composed(up: nn.ConvTranspose3d, weight_OMxyz: Tensor) -> bool:
+    """Whether the kernel is there already, so that it costs nothing."""
+    shared = _shared()
+    return shared is not None and ("weight", *_key(up, weight_OMxyz)) in shared
+
+
 def composed_up_conv(coarse_BAXYZ: Tensor, up: nn.ConvTranspose3d, weight_OMxyz: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`conv3d(up(x), weight, bias, padding=1)` as one transposed convolution; (B, A, X, Y, Z) -> (B, O, 2X, 2Y, 2Z).
 
     The bias of the up-step reaches the output through the zero padding, less at the border: the same map of a constant input.
     """
-    y = _apply(coarse_BAXYZ, _compose(up.weight, weight_OMxyz))
+    y = _apply(coarse_BAXYZ, _kernel(up, "weight", weight_OMxyz))
     if up.bias is not None:
         ones = coarse_BAXYZ.new_ones(1, 1, *coarse_BAXYZ.shape[2:])
-        constant = _apply(ones, _compose(up.bias.view(1, -1, 1, 1, 1).expand(-1, -1, 2, 2, 2), weight_OMxyz))
+        constant = _apply(ones, _kernel(up, "bias", weight_OMxyz))
         y += constant if bias_O is None else constant + bias_O.to(constant.dtype).view(1, -1, 1, 1, 1)
     elif bias_O is not None:
         y += bias_O.to(y.dtype).view(1, -1, 1, 1, 1)
     return y
+
+
+def _kernel(up: nn.ConvTranspose3d, part: str, weight_OMxyz: Tensor) -> Tensor:
+    """Of the up-step's weights, or of its bias as a map of a constant."""
+    shared, key = _shared(), (part, *_key(up, weight_OMxyz))
+    if shared is None or key not in shared:
+        of_up = up.weight
+        if part == "bias":
+            assert up.bias is not None
+            of_up = up.bias.view(1, -1, 1, 1, 1).expand(-1, -1, 2, 2, 2)
+        kernel = _compose(of_up, weight_OMxyz)
+        if shared is None:
+            return kernel
+        kind = of_up.device.type
+        rounded = kernel.detach().to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        shared[key] = kernel, rounded
+    kernel, rounded = shared[key]
+    if rounded is None:
+        return kernel
+    used = _Rounded.apply(kernel, rounded)
+    assert isinstance(used, Tensor)
+    return used
+
+
+def _shared() -> dict[Any, tuple[Tensor, Tensor | None]] | None:
+    return None if torch.compiler.is_compiling() else _SHARED.get()
+
+
+def _key(up: nn.ConvTranspose3d, weight_OMxyz: Tensor) -> tuple[Any, ...]:
+    if torch.compiler.is_compiling():
+        return ()
+    kind = up.weight.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else up.weight.dtype
+    versions = [tensor._version for tensor in (up.weight, weight_OMxyz, up.bias) if tensor is not None]
+    return id(up), id(up.weight), *versions, precision, torch.is_grad_enabled()
+
+
+class _Rounded(torch.autograd.Function):
+    # A kernel as autocast would round it, in one piece of memory for all passes; their gradients are added in the kernel's own precision.
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = kernel.dtype
+        return rounded.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
 
 
 def _apply(x_BAXYZ: Tensor, kernel_AOxyz: Tensor) -> Tensor:

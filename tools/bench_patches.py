@@ -8,14 +8,20 @@ A sample is one parent box of 128x128x112, and from it PCRLv2's official views: 
 behind a Gaussian against aliasing, with clean targets, and six sub-crops, re-sampled to 16x16x16; flip, affine, blur, noise, gamma, swap
 (globals), z-score, with the same ranges on both sides. The boxes of both sides come from volssl's `PairCrops`, without tissue rule.
 
-Rows, and what the reference does:
-reading        TorchIO's Queue with a UniformSampler over the .nii.gz files, 16 boxes a volume (the reference code's number); ours:
-               `PatchStream` on the store, uniform as well (min_body 0). CPU ms a sample, one thread.
+Rows, and what is compared:
 views          both read boxes from the store with `PatchStream`; the reference cuts the crops by slicing, re-samples them with tio.Resample
                (antialias on) and applies TorchIO's chain, one crop after another; ours: PCRLv2.views on the batch, eager and with compiled
                resampling. CPU ms a sample, one thread.
-two workers    the reference's side of the last row in a torch DataLoader with 2 workers; ours: volssl's loader with 2 workers that read,
-               and views made in the main process with 2 threads, as in a run. Wall ms a sample, from the loader's start to the last sample.
+reading        ours: `PatchStream` on the store, uniform as well (min_body 0), against
+               - the whole reference: the reference's side of the rows above, all of a sample's views. Its goal: of what a sample costs
+                 there, reading may take one fifteenth here;
+               - TorchIO's reading alone, a Queue with a UniformSampler over the .nii.gz files, 16 boxes a volume (the reference code's
+                 number), which keeps what it has unpacked;
+               - TorchIO's reading alone, a volume unpacked for each box, as a plain dataset does.
+               CPU ms a sample, one thread.
+two workers    the same work on both sides, from the loader's start to the last sample, wall ms a sample, four times as many samples: the
+               reference's side of the first rows in a torch DataLoader with 2 workers; volssl's loader with 2 workers that read and make
+               the views, one thread each.
 """
 
 from __future__ import annotations
@@ -40,25 +46,24 @@ from volssl.augment.spatial import Box
 from volssl.bench import synthetic_store
 from volssl.compiling import trouble
 from volssl.draws import Draws
+from volssl.methods.method import without_weights
 from volssl.methods.pcrlv2 import PCRLv2
 from volssl.nets.unet import UNet
+from volssl.parcels import unpack
 from volssl.patches import PatchPlan, PatchStream, Source, loader, to_unit
+from volssl.running import ViewMaker
 from volssl.store import Store
 
 tio: Any = torchio
 BOX = (128, 128, 112)
+BATCH = 4
 ENDLESS = 10**6
 CPU = torch.device("cpu")
 
 
 def our_views(method: PCRLv2, stream: PatchStream, step: int) -> Any:
     """One batch of views."""
-    return views_of(method, stream[step].boxes_BCXYZ, stream.store, step)
-
-
-def views_of(method: PCRLv2, boxes_BCXYZ: Tensor, store: Store, step: int) -> Any:
-    """Views of a batch of boxes as stored."""
-    x_BCXYZ = to_unit(boxes_BCXYZ, store.window, CPU)
+    x_BCXYZ = to_unit(stream[step].boxes_BCXYZ, stream.store.window, CPU)
     return method.views(x_BCXYZ, Draws(0, step, 0, len(x_BCXYZ)), spacing_mm=(1.0, 1.0, 1.0))
 
 
@@ -91,14 +96,16 @@ def _resampled(parent: Tensor, box: Box, out: tuple[int, int, int]) -> Any:
     return resampled if tuple(resampled.spatial_shape) == out else tio.CropOrPad(out)(resampled)
 
 
-def torchio_boxes(store: Store, folder: Path) -> Iterator[Tensor]:
-    """Boxes from TorchIO's queue over .nii.gz files of the store's volumes, for ever."""
+def torchio_boxes(store: Store, folder: Path, per_volume: int) -> Iterator[Tensor]:
+    """Boxes from TorchIO's queue over .nii.gz files of the store's volumes, so many of each volume that it unpacks, for ever."""
     subjects = []
     for entry in store.rows:
         path = folder / f"{entry.scan_id}.nii.gz"
-        tio.ScalarImage(tensor=store.read_box(entry.scan_id, (0, 0, 0), entry.shape_vox)).save(path)
+        if not path.exists():
+            tio.ScalarImage(tensor=store.read_box(entry.scan_id, (0, 0, 0), entry.shape_vox)).save(path)
         subjects.append(tio.Subject(image=tio.ScalarImage(path)))
-    queue = tio.Queue(tio.SubjectsDataset(subjects), max_length=16, samples_per_volume=16, sampler=tio.UniformSampler(BOX), num_workers=0)
+    dataset, sampler = tio.SubjectsDataset(subjects), tio.UniformSampler(BOX)
+    queue = tio.Queue(dataset, max_length=per_volume, samples_per_volume=per_volume, sampler=sampler, num_workers=0)
     while True:
         for patch in tio.SubjectsLoader(queue, batch_size=1):
             yield patch["image"]["data"]
@@ -113,43 +120,63 @@ def counted(run: Callable[[int], object], start: int = 0) -> Callable[[], object
 def measure(given: argparse.Namespace, folder: Path) -> list[Row]:
     """All rows."""
     store = synthetic_store(folder / "store", BOX, scans=2, shape=(350, 350, 300))
-    samples = given.samples
-    batch = 4
-    stream = PatchStream(store, PatchPlan(box_vox=BOX, batch_size=batch, workers=2, min_body=0.0), source=Source(), steps=ENDLESS)
-    single = PatchStream(store, PatchPlan(box_vox=BOX, batch_size=1, workers=0, min_body=0.0), source=Source(), steps=ENDLESS)
-    queue = torchio_boxes(store, folder)
-    reading = paired(
-        lambda: [next(queue) for _ in range(16)],
-        {"ours": counted(lambda n: [stream[n * (16 // batch) + i] for i in range(16 // batch)])},
-        rounds=given.rounds,
+    stream, single = (
+        PatchStream(store, PatchPlan(box_vox=BOX, batch_size=n, workers=workers, min_body=0.0), source=Source(), steps=ENDLESS)
+        for n, workers in ((BATCH, 2), (1, 0))
     )
-    rows = [row("reading alone, per core", reading["ours"], per=16, goal=15.0)]
-    reference = TorchioViews(single, PCRLv2(UNet(width=1)), samples)
     methods = {"eager": PCRLv2(UNet(width=1))}
     if not given.no_compile and not trouble("cpu"):
         methods["compiled"] = PCRLv2(UNet(width=1))
         methods["compiled"].compile_views()
-    steps = samples // batch
+    return one_core(given, stream, single, methods) + reading(given, stream, folder) + two_workers(given, stream, single, methods)
+
+
+def one_core(given: argparse.Namespace, stream: PatchStream, single: PatchStream, methods: dict[str, PCRLv2]) -> list[Row]:
+    """Views on one core, and our reading against the whole reference."""
+    samples, steps = given.samples, given.samples // BATCH
+    reference = TorchioViews(single, methods["eager"], samples)
     ours = {
         name: counted(lambda n, made=made: [our_views(made, stream, n * steps + i) for i in range(steps)]) for name, made in methods.items()
     }
+    ours["reading"] = counted(lambda n: [stream[n * steps + i] for i in range(steps)])
     seconds = paired(counted(lambda n: [reference[n * samples + i] for i in range(samples)]), ours, rounds=given.rounds)
-    rows += [row(f"views, {name}, per core", seconds[name], per=samples, goal=3.5) for name in ours]
+    rows = [row(f"views cut from the store, {name}, per core", seconds[name], per=samples, goal=3.5) for name in methods]
+    return [*rows, row("reading, against the whole reference chain", seconds["reading"], per=samples, goal=15.0)]
+
+
+def reading(given: argparse.Namespace, stream: PatchStream, folder: Path) -> list[Row]:
+    """Our reading against TorchIO's."""
+    rows = []
+    for per_volume, boxes, what in (
+        (16, 16, "TorchIO's reading, 16 boxes a volume"),
+        (1, BATCH, "TorchIO's reading, a volume for each box"),
+    ):
+        queue = torchio_boxes(stream.store, folder, per_volume)
+        ours = {"ours": counted(lambda n, steps=boxes // BATCH: [stream[n * steps + i] for i in range(steps)])}
+        seconds = paired(lambda queue=queue, boxes=boxes: [next(queue) for _ in range(boxes)], ours, rounds=given.rounds)
+        rows.append(row(f"reading, against {what}", seconds["ours"], per=boxes))
+    return rows
+
+
+def two_workers(given: argparse.Namespace, stream: PatchStream, single: PatchStream, methods: dict[str, PCRLv2]) -> list[Row]:
+    """Both sides with two workers that read and make the views."""
+    samples = 4 * given.samples
+    reference = TorchioViews(single, methods["eager"], samples)
     wall = paired(
-        lambda: list(DataLoader(reference, batch_size=batch, num_workers=2)),
-        {name: lambda made=made: _with_workers(made, stream, steps) for name, made in methods.items()},
+        lambda: [None for _ in DataLoader(reference, batch_size=BATCH, num_workers=2)],
+        {name: lambda made=made: _with_workers(made, stream, samples // BATCH) for name, made in methods.items()},
         rounds=given.rounds,
         clock=time.perf_counter,
     )
-    return rows + [row(f"two workers, {name}, wall", wall[name], per=samples, goal=5.0) for name in methods]
+    return [row(f"two workers, {name}, wall", wall[name], per=samples, goal=5.0) for name in methods]
 
 
 def _with_workers(method: PCRLv2, stream: PatchStream, steps: int) -> None:
-    torch.set_num_threads(2)
-    until = PatchStream(stream.store, stream.plan, source=stream.source, steps=steps)
-    for step, patches in enumerate(loader(until)):
-        views_of(method, patches.boxes_BCXYZ, stream.store, step)
-    torch.set_num_threads(1)
+    make = ViewMaker(without_weights(method), stream.store.window, (1.0, 1.0, 1.0), 0, "", 0)
+    until = PatchStream(stream.store, stream.plan, source=stream.source, steps=steps, make=make)
+    for patches in loader(until):
+        assert patches.views is not None
+        unpack(patches.views, CPU)
 
 
 def main() -> None:

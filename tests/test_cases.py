@@ -1,7 +1,11 @@
 """Folds, labelled shares, patches and the labels that move with them."""
 
 import itertools
+import resource
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +14,11 @@ from labelled import LABELS, write_msd
 
 from volssl.archive import write_nifti
 from volssl.augment.spatial import Affine
-from volssl.cases import Augmentation, Batch, Folds, LabelledPatches, Sampling, cut, labelled_share, split
+from volssl.cases import Augmentation, Batch, Folds, LabelledPatches, Sampling, centres, cut, labelled_share, split
 from volssl.datasets import Case, CaseTable, open_dataset
 from volssl.draws import Draws
 from volssl.files import BadInput
-from volssl.intake import read_case
+from volssl.intake import read_case, take_case
 from volssl.segment import Preparation
 from volssl.volume import Grid
 
@@ -91,8 +95,106 @@ def test_foreground_patches_hold_a_label(table):
 
 def test_memory_and_file_hold_the_same(table):
     in_file = patches(table, Sampling(patch_vox=(16, 16, 16), batch_size=2, foreground=1.0, margin=0.0, memory_gb=0.0))
-    assert isinstance(in_file.cases[0].x_CXYZ, np.memmap)
+    assert isinstance(in_file.cases[0].x, Path) and isinstance(in_file.cases[0].x_CXYZ, np.memmap)
     assert torch.equal(in_file.batch(3).x_BCXYZ, patches(table).batch(3).x_BCXYZ)
+
+
+def test_half_the_bytes_hold_nearly_the_same(table):
+    exact, halved = patches(table), patches(table, replace(SAMPLING, stored="float16", memory_gb=0.0))
+    assert halved.cases[0].x_CXYZ.dtype == np.float16
+    one, other = exact.batch(3), halved.batch(3)
+    assert other.x_BCXYZ.dtype == torch.float32
+    assert 0 < (one.x_BCXYZ - other.x_BCXYZ).abs().max() <= 2**-12  # half a step of float16 in [0.5, 1]
+    assert torch.equal(one.y_B1XYZ, other.y_B1XYZ)
+
+
+def test_more_files_than_a_process_may_hold_open(tmp_path, table):
+    many = CaseTable(tuple(replace(table.cases[0], case_id=f"c{i}") for i in range(60)), table.labels, table.channels)
+    with limit_of_open_files(96):
+        drawn = LabelledPatches(
+            many, train=many.cases, held_out=(), preparation=Preparation(), sampling=replace(SAMPLING, memory_gb=0.0), seed=0
+        )
+        assert {name for step in range(30) for name in drawn.batch(step).case_ids} == {case.case_id for case in many.cases}
+
+
+@contextmanager
+def limit_of_open_files(count):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_room_is_told_after_the_first_cases(tmp_path, table, capsys, monkeypatch):
+    many = CaseTable(tuple(replace(table.cases[i % 3], case_id=f"c{i:02d}") for i in range(30)), table.labels, table.channels)
+    read = []
+    monkeypatch.setattr("volssl.cases.take_case", lambda case, table: read.append(case.case_id) or take_case(case, table))
+    given = {"train": many.cases, "held_out": (), "preparation": Preparation(), "seed": 0}
+    gb = 30 * 20 * 18 * 16 * 5 / 1e9
+    drawn = LabelledPatches(many, **given, sampling=replace(SAMPLING, memory_gb=0.25 * gb))
+    assert "30 prepared cases take about 0.0 GB, of which" in capsys.readouterr().err
+    assert [case.case_id for case in drawn.cases] == [case.case_id for case in many.cases]
+    read.clear()
+    monkeypatch.setattr("volssl.cases.shutil.disk_usage", lambda path: SimpleNamespace(free=0.5 * gb * 1e9))
+    with pytest.raises(BadInput, match=r"sampling\.memory_gb: 30 prepared cases.*stored=float16"):
+        LabelledPatches(many, **given, sampling=replace(SAMPLING, memory_gb=0.25 * gb))
+    assert read == ["c00", "c10", "c20"]  # from all over, and no more
+
+
+def lesions():
+    """One lesion of 1000 voxels, one of 27 and one of 1."""
+    mask = np.zeros((40, 20, 20), dtype=bool)
+    mask[2:12, 2:12, 2:12] = mask[20:23, 5:8, 5:8] = mask[35, 10, 10] = True
+    return mask
+
+
+@pytest.mark.parametrize(("power", "shares"), [(1, (1000 / 1028, 27 / 1028, 1 / 1028)), (0, (1 / 3,) * 3), (-1, (0.001, 0.0357, 0.9634))])
+def test_lesions_are_drawn_by_volume_or_against_it(power, shares):
+    voxels = np.concatenate([centres(lesions(), power=power, source=np.random.default_rng(i)) for i in range(4)])
+    assert lesions()[tuple(voxels.T)].all()
+    drawn = [np.mean(voxels[:, 0] < 15), np.mean((voxels[:, 0] > 15) & (voxels[:, 0] < 30)), np.mean(voxels[:, 0] > 30)]
+    np.testing.assert_allclose(drawn, shares, atol=0.02)
+
+
+def test_a_small_lesion_is_seen_as_often_as_a_large_one(tmp_path):
+    """End to end: patches of a case with a large and a tiny lesion hold the tiny one in about half of the samples."""
+    grid = Grid((40, 20, 20), np.eye(4))
+    (tmp_path / "in").mkdir()
+    label = np.where(np.arange(40)[:, None, None] < 30, lesions(), False)
+    label[20:23], label[25, 10, 10] = False, True
+    write_nifti(tmp_path / "x.nii.gz", np.random.default_rng(0).normal(0, 30, grid.shape_vox), grid, np.int16)
+    write_nifti(tmp_path / "y.nii.gz", label, grid, np.uint8)
+    case = Case("a", "a", (tmp_path / "x.nii.gz",), tmp_path / "y.nii.gz")
+    table = CaseTable((case,), {"lesion": 1}, ("CT",))
+
+    def share(power):
+        sampling = Sampling(patch_vox=(8, 8, 8), batch_size=20, foreground=1.0, lesion_power=power, margin=0.0)
+        drawn = LabelledPatches(table, train=[case], held_out=[], preparation=Preparation(), sampling=sampling, seed=0)
+        sums = torch.cat([drawn.batch(step).y_B1XYZ.flatten(1).long().sum(1) for step in range(10)])
+        return (sums == 1).float().mean().item()
+
+    assert share(1.0) < 0.05
+    assert 0.35 < share(0.0) < 0.65
+
+
+def test_beyond_the_brain_nothing_is_kept(tmp_path):
+    grid = Grid((30, 20, 16), np.eye(4))
+    image = np.zeros(grid.shape_vox)
+    image[5:20, 4:12, 3:9] = np.random.default_rng(0).normal(500, 40, (15, 8, 6))
+    label = np.zeros(grid.shape_vox)
+    label[18:22, 6, 6] = 1  # reaches out of the brain, and is kept
+    write_nifti(tmp_path / "x.nii.gz", image, grid, np.int16)
+    write_nifti(tmp_path / "y.nii.gz", label, grid, np.uint8)
+    case = Case("a", "a", (tmp_path / "x.nii.gz",), tmp_path / "y.nii.gz")
+    table = CaseTable((case,), {"lesion": 1}, ("T1",))
+    preparation = Preparation(normalisation="zscore", nonzero=True)
+    drawn = LabelledPatches(table, train=[case], held_out=[], preparation=preparation, sampling=SAMPLING, seed=0)
+    prepared = drawn.cases[0]
+    assert prepared.y_XYZ.shape == (17, 8, 6) and prepared.y_XYZ.sum() == 4
+    whole = preparation.image(read_case(case, table)[0]).array_CXYZ
+    assert (whole[0][image == 0] == 0).all()
+    assert whole[0][image != 0].mean() == pytest.approx(0, abs=1e-5)
+    np.testing.assert_array_equal(prepared.x_CXYZ, whole[:, 5:22, 4:12, 3:9])
 
 
 def test_cut_fills_outside_with_0():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from volssl.schedule import cosine, warmup_cosine
+from volssl.schedule import cosine, rate, warmup_cosine
 
 
 def test_cosine_is_the_papers_at_any_length():
@@ -21,3 +21,13 @@ def test_warmup_then_decay():
     assert warmup_cosine(0.55, warmup=0.1) == pytest.approx(0.5)
     assert warmup_cosine(1.0, warmup=0.1, floor=0.02) == pytest.approx(0.02)
     assert warmup_cosine(0.0, warmup=0.0) == 1.0
+
+
+def test_poly_and_sawtooth_by_hand():
+    assert rate("poly", 0.05, warmup=0.1) == pytest.approx(0.5)
+    assert rate("poly", 0.55, warmup=0.1) == pytest.approx(0.5**0.9)
+    assert rate("poly", 1.0, warmup=1.0) == 0
+    assert [rate("sawtooth", p, warmup=0.2) for p in (0.1, 0.2, 0.3, 0.4, 0.7, 1.0)] == pytest.approx([0.5, 0.0, 0.5, 1.0, 0.5**0.9, 0.0])
+    assert rate("cosine", 0.3, warmup=0.1) == warmup_cosine(0.3, warmup=0.1)
+    with pytest.raises(ValueError, match="progress"):
+        rate("poly", 1.5, warmup=0.1)

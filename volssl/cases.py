@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,14 +18,16 @@ from torch import Tensor
 from volssl.augment.intensity import Blur, Contrast, Gamma, Noise
 from volssl.augment.spatial import Affine, Box, take
 from volssl.augment.transform import AbstractTransform
+from volssl.components import bounding_box, parts_of
 from volssl.datasets import Case, CaseTable
 from volssl.draws import Draws, generator
-from volssl.files import BadInput, track
+from volssl.files import BadInput, tell, track
 from volssl.intake import take_case
 from volssl.segment import Preparation
 from volssl.volume import Volume
 
 KEPT_VOXELS = 4096  # foreground voxels per case and label that patches may be centred on
+LOOKED_AT = 3  # prepared cases from which the room that all will need is told
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,20 @@ class Sampling:
 
     Attributes:
         patch_vox: sides, each a multiple of the network's stride. batch_size: samples per step. foreground: share of the samples whose
-            patch holds a voxel of a label, all labels equally often. margin: share of a side that is read around the patch, so that a
-            turned patch holds image and not padding in its corners. memory_gb: prepared cases beyond this lie in a temporary file.
+            patch holds a voxel of a label, all labels equally often. lesion_power: which voxel: one of a connected part with the chance
+            volume ** lesion_power, so 1 takes all voxels alike, 0 all lesions alike however small, -1 small ones more often. margin: share
+            of a side that is read around the patch, so that a turned patch holds image and not padding in its corners. memory_gb: prepared
+            cases beyond this lie in temporary files. stored: type of the prepared images; float16 takes half the room (its step is 1/2048
+            of a CT window's width, or of one standard deviation of a z-scored image).
     """
 
     patch_vox: tuple[int, int, int] = (96, 96, 96)
     batch_size: int = 2
     foreground: float = 0.5
+    lesion_power: float = 1.0
     margin: float = 0.1
     memory_gb: float = 8.0
+    stored: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         if min(self.patch_vox) < 1 or self.batch_size < 1 or not 0 <= self.foreground <= 1 or self.margin < 0:
@@ -106,16 +115,32 @@ class Batch:
     case_ids: list[str]
     spacing_mm: tuple[float, float, float]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device."""
+        moved = [tensor.to(device, non_blocking=True) for tensor in (self.x_BCXYZ, self.y_B1XYZ)]
+        return Batch(moved[0], moved[1], self.case_ids, self.spacing_mm)
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case as the network sees it. foreground: per label present, voxel indices (N, 3). y: class indices."""
+    """A case as the network sees it. x: the image (C, X, Y, Z), y: class indices (X, Y, Z), or the files that hold them. foreground: per
+    label present, voxel indices (N, 3)."""
 
     case_id: str
-    x_CXYZ: np.ndarray
-    y_XYZ: np.ndarray
+    x: np.ndarray | Path
+    y: np.ndarray | Path
     spacing_mm: tuple[float, float, float]
     foreground: tuple[np.ndarray, ...]
+
+    @property
+    def x_CXYZ(self) -> np.ndarray:
+        """The image; a file is mapped for this one look, since a mapped file stays open and a system allows some thousand of them."""
+        return np.load(self.x, mmap_mode="r") if isinstance(self.x, Path) else self.x
+
+    @property
+    def y_XYZ(self) -> np.ndarray:
+        """The class indices, likewise."""
+        return np.load(self.y, mmap_mode="r") if isinstance(self.y, Path) else self.y
 
 
 def split(table: CaseTable, folds: Folds) -> list[list[Case]]:
@@ -157,11 +182,11 @@ class LabelledPatches:
         self.sampling, self.seed = sampling, seed
         self._folder = tempfile.TemporaryDirectory(prefix="volssl-cases-")
         self._used_bytes = 0
-        self.cases: list[Prepared] = []
         self.notes: dict[str, list[str]] = {}  # case -> what rules settled about it
+        made: dict[str, Prepared] = {}
         complaints = []
         checked = {case.case_id for case in held_out}
-        everything = [*train, *held_out]
+        everything = [*_spread(train), *held_out]
         for case in track(everything, total=len(everything), label="read cases"):
             try:
                 taken = take_case(case, table)
@@ -171,27 +196,48 @@ class LabelledPatches:
             if taken.notes:
                 self.notes[case.case_id] = list(taken.notes)
             if case.case_id not in checked:
-                self.cases.append(self._prepare(case, table, taken.image, taken.label, preparation=preparation))
+                made[case.case_id] = self._prepare(case, table, taken.image, taken.label, preparation=preparation)
+                if len(made) == LOOKED_AT and not complaints:
+                    self._check_room(len(train))
         if complaints:
             raise BadInput(
                 f"{len(complaints)} of {len(everything)} cases cannot be used; mend or remove them:\n  " + "\n  ".join(complaints)
             )
 
+        self.cases = [made[case.case_id] for case in train]
+
+    def _check_room(self, cases: int) -> None:
+        """After the first cases: say how much the temporary files will need. Raises: BadInput: if there is clearly not as much room."""
+        need = self._used_bytes / 1e9 * cases / LOOKED_AT
+        beyond = need - self.sampling.memory_gb
+        if beyond <= 0:
+            return
+        free = shutil.disk_usage(self._folder.name).free / 1e9
+        told = f"{cases} prepared cases take about {need:.1f} GB, of which {beyond:.1f} GB lie in temporary files"
+        if beyond > free:
+            raise BadInput(
+                f"sampling.memory_gb: {told}; {Path(self._folder.name).parent} has {free:.1f} GB; raise memory_gb, set TMPDIR to a folder "
+                "with more room, or take sampling.stored=float16"
+            )
+        tell(f"{told} ({free:.1f} GB are free there)")
+
     def _prepare(self, case: Case, table: CaseTable, image: Volume, label: Volume, *, preparation: Preparation) -> Prepared:
         x, y = preparation.image(image), preparation.label(label)
+        if preparation.nonzero and (box := bounding_box(x.array_CXYZ.any(0) | (y.array_CXYZ[0] > 0))) is not None:
+            # Beyond the brain all is 0, as it is beyond the array: nothing is lost with it but room.
+            x, y = (volume.cropped([side.start for side in box], [side.stop for side in box]) for volume in (x, y))
         classes = np.zeros(256, dtype=np.uint8)
         classes[sorted(table.labels.values())] = np.arange(1, len(table.labels) + 1)
         y_XYZ = classes[y.array_CXYZ[0]]
         foreground = []
         for index in range(1, len(table.labels) + 1):
-            voxels_N3 = np.argwhere(y_XYZ == index)
-            if len(voxels_N3) > KEPT_VOXELS:
-                voxels_N3 = voxels_N3[generator(0, "foreground", index).choice(len(voxels_N3), KEPT_VOXELS, replace=False)]
+            voxels_N3 = centres(y_XYZ == index, power=self.sampling.lesion_power, source=generator(0, "foreground", index))
             if len(voxels_N3):
                 foreground.append(voxels_N3.astype(np.int32))
-        return Prepared(case.case_id, self._kept(x.array_CXYZ), self._kept(y_XYZ), x.grid.spacing_mm, tuple(foreground))
+        x_CXYZ = x.array_CXYZ.astype(self.sampling.stored, copy=False)
+        return Prepared(case.case_id, self._kept(x_CXYZ), self._kept(y_XYZ), x.grid.spacing_mm, tuple(foreground))
 
-    def _kept(self, array: np.ndarray) -> np.ndarray:
+    def _kept(self, array: np.ndarray) -> np.ndarray | Path:
         self._used_bytes += array.nbytes
         if self._used_bytes <= self.sampling.memory_gb * 1e9:
             return np.ascontiguousarray(array)
@@ -203,14 +249,14 @@ class LabelledPatches:
                 f"sampling.memory_gb: prepared cases beyond {self.sampling.memory_gb:g} GB need room in the temporary folder "
                 f"({path.parent.parent}); it cannot be written: {error}; raise memory_gb, or set TMPDIR to a folder with more room"
             ) from None
-        return np.load(path, mmap_mode="r")
+        return path
 
-    def batch(self, step: int, device: torch.device | str = "cpu") -> Batch:
+    def batch(self, step: int) -> Batch:
         """The boxes of a step, each sample a function of (seed, step, sample) alone: every case once before any comes again."""
         size = self.sampling.batch_size
         drawn = [self._box(step * size + b) for b in range(size)]
-        x = torch.from_numpy(np.stack([x for _, x, _ in drawn])).to(device, non_blocking=True)
-        y = torch.from_numpy(np.stack([y for _, _, y in drawn])[:, None]).to(device, non_blocking=True)
+        x = torch.from_numpy(np.stack([x for _, x, _ in drawn]).astype(np.float32, copy=False))
+        y = torch.from_numpy(np.stack([y for _, _, y in drawn])[:, None])
         spacing = np.mean([case.spacing_mm for case, _, _ in drawn], axis=0)
         return Batch(x, y, [case.case_id for case, _, _ in drawn], (float(spacing[0]), float(spacing[1]), float(spacing[2])))
 
@@ -218,7 +264,8 @@ class LabelledPatches:
         round_, place = divmod(sample, len(self.cases))
         case = self.cases[int(generator(self.seed, "order", round_).permutation(len(self.cases))[place])]
         source = generator(self.seed, "box", sample)
-        patch, shape = np.array(self.sampling.patch_vox), np.array(case.y_XYZ.shape)
+        x_CXYZ, y_XYZ = case.x_CXYZ, case.y_XYZ
+        patch, shape = np.array(self.sampling.patch_vox), np.array(y_XYZ.shape)
         # Where the patch is larger than the volume, the volume lies anywhere inside it.
         low, high = np.minimum(0, shape - patch), np.maximum(0, shape - patch)
         wants_label = source.random() < self.sampling.foreground
@@ -229,7 +276,27 @@ class LabelledPatches:
         start = source.integers(low, high + 1)
         margin = np.array([math.ceil(self.sampling.margin * side) for side in patch])
         start, size = start - margin, patch + 2 * margin
-        return case, cut(case.x_CXYZ, start, size), cut(case.y_XYZ, start, size)
+        return case, cut(x_CXYZ, start, size), cut(y_XYZ, start, size)
+
+
+def _spread(cases: Sequence[Case]) -> list[Case]:
+    # The first cases read tell what all will need, so they are taken from all over: cases that follow each other are often of one scanner.
+    first = [cases[len(cases) * i // LOOKED_AT] for i in range(LOOKED_AT)] if len(cases) > LOOKED_AT else []
+    return [*first, *(case for case in cases if case not in first)]
+
+
+def centres(mask_XYZ: np.ndarray, *, power: float, source: np.random.Generator) -> np.ndarray:
+    """Up to KEPT_VOXELS voxels (N, 3) of a mask, from each connected part in proportion to its volume ** power."""
+    voxels_N3 = np.argwhere(mask_XYZ)
+    if power == 1 or not len(voxels_N3):  # all voxels alike: no part need be known
+        kept = source.choice(len(voxels_N3), KEPT_VOXELS, replace=False) if len(voxels_N3) > KEPT_VOXELS else slice(None)
+        return voxels_N3[kept]
+    parts = parts_of(mask_XYZ)
+    assert parts is not None
+    inside_N3 = voxels_N3 - [side.start for side in parts.box]
+    of_part_N = parts.sizes_vox[parts.number_XYZ[tuple(inside_N3.T)] - 1].astype(np.float64)
+    chance_N = of_part_N ** (power - 1)
+    return voxels_N3[source.choice(len(voxels_N3), KEPT_VOXELS, p=chance_N / chance_N.sum())]
 
 
 def cut(array: np.ndarray, start_3: np.ndarray, size_3: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from volssl.draws import Draws
 from volssl.evaluate import headline, write_judged
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, check_out, claim_out, sha256, track, write_csv, write_json
-from volssl.finetune import Options, claim_run, fits_card
+from volssl.finetune import Options, claim_run
 from volssl.fitting import Saving
 from volssl.froc import Candidates, Findings, Scan
 from volssl.journal import Clock, Journal, write_environment
@@ -39,6 +39,7 @@ from volssl.protocols.luna16 import Luna16
 from volssl.recipe import Part
 from volssl.schedule import warmup_cosine
 from volssl.segment import Preparation
+from volssl.starting import fits_card
 
 SCHEMA = 1
 COLUMNS = ("seriesuid", *PLACE, "probability")

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from volssl import recipe as recipes
 from volssl.archive import write_nifti
-from volssl.cases import Augmentation, Folds, LabelledPatches, Prepared, Sampling, labelled_share
+from volssl.cases import Augmentation, Folds, LabelledPatches, Sampling, labelled_share
 from volssl.checkpoints import Checkpoints, StopSignal
+from volssl.components import Cleaning
 from volssl.datasets import Case, CaseTable, Data, open_dataset, without_folders
 from volssl.division import Division, divide
 from volssl.evaluate import Evaluation, headline, judge_case, write_judged
@@ -27,12 +27,10 @@ from volssl.files import BadInput, Outcome, check_out, claim_out, read_json, tra
 from volssl.fitting import Optimisation, Saving, kept, start, train
 from volssl.intake import read_case
 from volssl.journal import Journal, write_environment
-from volssl.nets.heads import SegmentationNet
-from volssl.nets.sides import side_fault
 from volssl.pictures import Overlay, overlay_png
 from volssl.protocols.protocol import Pair, Score
-from volssl.recipe import Part
-from volssl.segment import Inference, Model, Plan, Preparation, write_model
+from volssl.segment import Inference, Model, Preparation, write_model
+from volssl.starting import Weights, first_weights, plan_of, same_voxels, taken, told_by_hand
 from volssl.targets import check_regions
 from volssl.volume import Volume
 
@@ -62,11 +60,13 @@ PARTS = {
     "regions": dict[str, tuple[int, ...]] | None,
     "net": "nets",
     "preparation": Preparation,
+    "weights": Weights,
     "folds": Folds,
     "sampling": Sampling,
     "augmentation": Augmentation,
     "optimisation": Optimisation,
     "inference": Inference,
+    "cleaning": Cleaning,
     "evaluation": Evaluation,
     "saving": Saving,
 }
@@ -84,7 +84,7 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     claim = {"resume": options.resume, "overwrite": options.overwrite}
     inputs = [Path(path) for path in (data, options.weights) if path is not None]
     check_out(out, **claim, inputs=inputs)
-    values = recipes.load(recipe, options.overrides, verb="finetune")
+    values = told_by_hand(recipes.load(recipe, options.overrides, verb="finetune"), options.overrides)
     made = recipes.parse(values, PARTS, str(recipe))
     table = read_table(made, data)
     made["evaluation"].build().targets(table.labels, table.regions)  # what cannot be scored is told before hours of training
@@ -120,20 +120,16 @@ def fit(task: Task, *, out: Path, options: Options, inputs: Sequence[Path] = ())
     Args: options: weights, seed, resume and overwrite count here. inputs: what --overwrite must not delete.
     Raises: BadInput: before `out` is touched for anything that cannot work; NotFinite: for a loss that is not finite.
     """
-    made, plan = task.made, plan_of(task.made, task.table)
     given = bundle.load_bundle(Path(options.weights)) if options.weights is not None else None
+    made, plan = task.made, plan_of(task.made, task.table, given)
     net = first_weights(plan, given, made=made, seed=options.seed)
     prepared = {"preparation": plan.preparation, "sampling": made["sampling"]}
     patches = LabelledPatches(task.table, train=task.train, held_out=task.held_out, **prepared, seed=options.seed)
-    if given is not None and plan.preparation.spacing_mm is None and not made["optimisation"].accept_mismatch:
-        _same_voxels(patches.cases, given.card)
+    if given is not None and plan.preparation.spacing_mm is None:
+        same_voxels(patches.cases, made, given)
     claim_out(out, resume=options.resume, overwrite=options.overwrite, inputs=inputs)
-    claim_run(
-        out,
-        task.values,
-        task.splits | {"notes": patches.notes, "weights_sha256": given.card["sha256"] if given else None},
-        resume=options.resume,
-    )
+    splits = task.splits | {"notes": patches.notes} | taken(plan, net, given, made["weights"])
+    claim_run(out, task.values, splits, resume=options.resume)
     current = start(plan, net, made, patches, seed=options.seed)
     checkpoints = Checkpoints(out, made["saving"].checkpoint_every, made["saving"].checkpoint_minutes)
     if options.resume and (state := checkpoints.load()) is not None:
@@ -172,84 +168,6 @@ def _labelled(table: CaseTable, labels: dict[str, int] | None, regions: dict[str
     chosen = table.regions if regions is None else regions
     check_regions(given, chosen)
     return dataclasses.replace(table, labels=dict(sorted(given.items(), key=lambda item: item[1])), regions=chosen)
-
-
-def plan_of(made: dict[str, Any], table: CaseTable) -> Plan:
-    """The plan of a parsed recipe on a data set. Raises: BadInput: channels or a patch that the network cannot take."""
-    part: Part = made["net"]
-    given = part.arguments.get("in_channels", len(table.channels))
-    if given != len(table.channels):
-        raise BadInput(f"net.in_channels must be the data set's {len(table.channels)} ({', '.join(table.channels)}); found {given}")
-    skips = {"skips": True} if "skips" not in part.arguments else {}
-    net = part.build(**({"in_channels": len(table.channels)} if "in_channels" not in part.arguments else {}), **skips)
-    patch_vox = made["sampling"].patch_vox
-    if (fault := side_fault(patch_vox, net.stride, norm=net.arguments["norm"], batch=made["sampling"].batch_size)) is not None:
-        raise BadInput(f"sampling.patch_vox: {fault}")
-    return Plan(
-        architecture={"name": part.name, "arguments": net.arguments},
-        labels=table.labels,
-        channels=table.channels,
-        patch_vox=patch_vox,
-        deep_supervision=made["optimisation"].deep_supervision,
-        preparation=made["preparation"],
-        inference=made["inference"],
-        regions=table.regions,
-    )
-
-
-def first_weights(plan: Plan, given: bundle.Bundle | None, *, made: dict[str, Any], seed: int) -> SegmentationNet:
-    """The untrained network, its encoder from the bundle if one is given.
-
-    Raises: BadInput: a bundle whose tensors or voxels do not fit.
-    """
-    # The first weights depend on the seed alone, whatever ran in this process before; the decoder's are the same with and without a bundle.
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = plan.network()
-    if given is not None:
-        fits_card(plan.preparation, given.card, accept=made["optimisation"].accept_mismatch)
-        bundle.into(net.net.encoder, given)  # type: ignore[arg-type]
-    return net
-
-
-def fits_card(preparation: Preparation, card: dict[str, Any], *, accept: bool) -> None:
-    """Refuse a recipe that shows the encoder other voxels than it was trained on."""
-    intensity = card["intensity"]
-    ct = intensity["modality"] == "CT"
-    wanted: dict[str, Any] = {"normalisation": "window" if ct else "percentile", "patches": intensity["normalisation"]}
-    if ct:
-        wanted["window"] = tuple(intensity["window"])
-    if preparation.spacing_mm is not None:
-        wanted["spacing_mm"] = tuple(card["spacing_mm"])
-    faults = [
-        f"preparation.{key} must be {value}; found {getattr(preparation, key)}"
-        for key, value in wanted.items()
-        if not _same(getattr(preparation, key), value)
-    ]
-    if faults and not accept:
-        raise BadInput(
-            "the recipe must prepare voxels as the bundle's card says (or set optimisation.accept_mismatch=true):\n  " + "\n  ".join(faults)
-        )
-
-
-def _same_voxels(cases: list[Prepared], card: dict[str, Any]) -> None:
-    # Where the recipe keeps each image's own spacing, the images themselves must have the bundle's.
-    wanted = tuple(card["spacing_mm"])
-    other = [case for case in cases if not _same(case.spacing_mm, wanted)]
-    if other:
-        raise BadInput(
-            f"preparation.spacing_mm is null, so every image must have the bundle's voxels of {wanted} mm; found others in {len(other)} of "
-            f"{len(cases)} training cases, such as {_rounded(other[0].spacing_mm)} mm in {other[0].case_id}; set "
-            f"preparation.spacing_mm={list(wanted)} (or optimisation.accept_mismatch=true)"
-        )
-
-
-def _rounded(spacing_mm: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(round(step, 3) for step in spacing_mm)
-
-
-def _same(found: Any, wanted: Any) -> bool:
-    return bool(np.allclose(found, wanted, rtol=0.02)) if isinstance(wanted, tuple) else found == wanted
 
 
 def _splits(division: Division, train: list[Case], made: dict[str, Any], options: Options) -> dict[str, Any]:

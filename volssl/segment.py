@@ -17,95 +17,21 @@ import torch
 from torch import Tensor
 
 import volssl
-from volssl.augment.intensity import zscore
 from volssl.compiling import multiplies_bf16
+from volssl.components import Cleaning
 from volssl.export.bundle import load_tensors, save_tensors
 from volssl.files import BadInput, read_json, sha256, write_json
 from volssl.nets.heads import SegmentationNet
+from volssl.preparation import Preparation
 from volssl.recipe import arguments, find
 from volssl.resample import Part as Box
-from volssl.resample import resample, streamed
+from volssl.resample import streamed
 from volssl.sliding import Windows, largest, slab_axis, slabs
-from volssl.targets import THRESHOLD, check_regions, written
+from volssl.targets import THRESHOLD, check_regions, targets_of, written
 from volssl.volume import Grid, Volume
 
 SCHEMA = 2  # of model.json; 1 had no regions and is read as it was
 Run = tuple[int, int, Tensor]  # first plane, plane after the last, shares
-PERCENTILES = (0.5, 99.5)  # robust lowest and highest value, as nnU-Net clips
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How an image is brought to what the network sees. Always RAS+.
-
-    Attributes:
-        spacing_mm: of the network's voxels; null keeps each image's own.
-        normalisation: window maps `window` (HU) to [0, 1] and clips, for CT; percentile maps the 0.5 and 99.5 % quantiles of the image to
-            [0, 1] and clips, for MR; zscore clips to the same quantiles, then subtracts the mean and divides by the standard deviation.
-            Each per channel; `nonzero` leaves the voxels at exactly 0 out of the statistics (skull-stripped MR).
-        patches: zscore normalises each patch once more, as PCRLv2's encoder was trained.
-    """
-
-    spacing_mm: tuple[float, float, float] | None = None
-    normalisation: Literal["window", "percentile", "zscore"] = "window"
-    window: tuple[float, float] = (-1000.0, 1000.0)
-    nonzero: bool = False
-    patches: Literal["none", "zscore"] = "none"
-
-    def __post_init__(self) -> None:
-        if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
-            raise BadInput(f"spacing_mm must be > 0; found {self.spacing_mm}")
-        if self.window[0] >= self.window[1]:
-            raise BadInput(f"window must be [low, high] with low < high; found {self.window}")
-
-    def grid(self, original: Grid) -> Grid:
-        """The network's grid for an image's grid."""
-        turned = original.reoriented("RAS")
-        return turned if self.spacing_mm is None else turned.resampled(self.spacing_mm)
-
-    def image(self, volume: Volume) -> Volume:
-        """The image as the network sees it, float32."""
-        turned = volume.reoriented("RAS")
-        moved = self._onto(turned, order="linear", fill=float(turned.array_CXYZ.min()))
-        array_CXYZ = np.empty(moved.array_CXYZ.shape, np.float32)
-        for target_XYZ, channel_XYZ in zip(array_CXYZ, moved.array_CXYZ, strict=True):
-            target_XYZ[...] = channel_XYZ
-            self._normalise(target_XYZ)
-        return Volume(array_CXYZ, moved.grid)
-
-    def label(self, volume: Volume) -> Volume:
-        """The label map on the network's grid (nearest), uint8."""
-        moved = self._onto(volume.reoriented("RAS"), order="nearest", fill=0.0)
-        return Volume(np.ascontiguousarray(moved.array_CXYZ, dtype=np.uint8), moved.grid)
-
-    def _onto(self, turned: Volume, *, order: Literal["linear", "nearest"], fill: float) -> Volume:
-        grid = self.grid(turned.grid)
-        return turned if grid.almost_equal(turned.grid) else resample(turned, grid, order=order, fill=fill)
-
-    def _normalise(self, channel_XYZ: np.ndarray) -> None:
-        # In place: an image is the largest thing there is.
-        if self.normalisation == "window":
-            low, high = self.window
-            channel_XYZ -= low
-            channel_XYZ /= high - low
-            np.clip(channel_XYZ, 0, 1, out=channel_XYZ)
-            return
-        counted = channel_XYZ[channel_XYZ != 0] if self.nonzero else channel_XYZ.ravel()
-        if counted.size == 0:
-            return
-        low, high = (float(value) for value in np.percentile(counted, PERCENTILES))
-        counted = counted.clip(low, high)
-        np.clip(channel_XYZ, low, high, out=channel_XYZ)
-        if self.normalisation == "percentile":
-            channel_XYZ -= low
-            channel_XYZ /= max(high - low, 1e-6)
-            return
-        channel_XYZ -= float(counted.mean(dtype=np.float64))
-        channel_XYZ /= max(float(counted.std(dtype=np.float64)), 1e-6)
-
-    def patch(self, x_BCXYZ: Tensor) -> Tensor:
-        """What happens to a patch right before the network."""
-        return zscore(x_BCXYZ) if self.patches == "zscore" else x_BCXYZ
 
 
 def onto_original(runs: Iterable[Run], seen: Grid, original: Grid) -> Iterator[tuple[Box, Tensor]]:
@@ -154,7 +80,8 @@ class Plan:
         architecture: {"name", "arguments"} of `volssl.nets`. labels: name -> value. channels: names. patch_vox: the window.
         regions: name -> label values, from the largest to the smallest. Where there are any, the network has one sigmoid channel for each
             and none for background, see `volssl.targets`; else a softmax over background and the labels.
-    Raises: BadInput: regions that do not go with the labels.
+        cleaning: what is done to the finished label map.
+    Raises: BadInput: regions that do not go with the labels, or cleaning of what is not there.
     """
 
     architecture: dict[str, Any]
@@ -165,9 +92,16 @@ class Plan:
     preparation: Preparation = field(default_factory=Preparation)
     inference: Inference = field(default_factory=Inference)
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    cleaning: Cleaning = field(default_factory=Cleaning)
 
     def __post_init__(self) -> None:
         check_regions(self.labels, self.regions)
+        self.cleaning.check(self.targets, self.labels)
+
+    @property
+    def targets(self) -> dict[str, tuple[int, ...]]:
+        """name -> label values of what is segmented, see `targets_of`."""
+        return targets_of(self.labels, self.regions)
 
     @property
     def values(self) -> list[int]:
@@ -202,6 +136,10 @@ class Plan:
             return written((shares_KXYZ >= THRESHOLD).cpu().numpy(), self.regions)
         return np.array(self.values, dtype=np.uint8)[largest(shares_KXYZ).cpu().numpy()]
 
+    def cleaned(self, label_XYZ: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+        """A finished label map after the plan's cleaning."""
+        return self.cleaning.apply(label_XYZ, targets=self.targets, labels=self.labels, spacing_mm=spacing_mm)
+
     def network(self) -> SegmentationNet:
         """The untrained network."""
         net_class = find("nets", self.architecture["name"])
@@ -229,7 +167,7 @@ class Model:
             turned_XYZ[box] = self.plan.decide(shares_KXYZ)
             if keep is not None:
                 keep(box, shares_KXYZ)
-        return label_XYZ
+        return self.plan.cleaned(label_XYZ, volume.grid.spacing_mm)
 
     def shares(self, volume: Volume, *, averaged: bool = True) -> Iterator[tuple[Box, Tensor]]:
         """Shares (classes or regions, X, Y, Z) on the volume's own grid turned to RAS+, a part at a time, each valid until the next:

@@ -30,6 +30,7 @@ from volssl.recipe import arguments, find
 
 ENCODER, DECODER = "encoder.safetensors", "decoder.safetensors"
 NetPart = Literal["encoder", "decoder"]
+Channels = Literal["repeat", "first", "random"]
 LARGEST_HEADER = 2**26  # bytes: names, types and shapes of the tensors; a network's are some hundred kilobytes
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 WIDEST = 2**14  # of any number among a card's architecture arguments
@@ -279,12 +280,12 @@ def match_weights(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder
     )
 
 
-def into(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder") -> Match:
+def into(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder", channels: Channels = "repeat") -> Match:
     """Load the bundle's encoder, or its decoder, into `module` by name, all or nothing.
 
-    An encoder's first convolution is adapted to more input channels: its kernel is repeated and divided
-    by their number, so that an input with equal channels gives the same activations.
-
+    Args: channels: how an encoder's first convolution takes more input channels. repeat: its kernel is repeated and divided by their
+        number, so that an input with equal channels gives the same activations; first: the kernel reads the first of them, and the others
+        count nothing until they are trained; random: that convolution stays as it is in `module`.
     Raises: BadInput: with the full list of missing, left-over and misshapen tensors; the module is then unchanged.
     """
     found = match_weights(module, bundle, part=part)
@@ -295,18 +296,36 @@ def into(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder") -> Mat
             f"the bundle (architecture {json.dumps(bundle.card.get('architecture'))}) does not fit this {part}: {len(told)} of "
             f"{len(target)} tensors; choose the same net in the recipe:\n  " + "\n  ".join(told)
         )
-    module.load_state_dict(_given(bundle, part, target), strict=True)
+    module.load_state_dict(_given(bundle, part, target, channels), strict=True)
     return found
 
 
-def _given(bundle: Bundle, part: NetPart, target: dict[str, Tensor]) -> dict[str, Tensor]:
+def unfit(decoder: nn.Module, bundle: Bundle) -> list[str]:
+    """The decoder's tensors that the bundle's decoder cannot give: without skips its convolutions read fewer channels.
+
+    Raises: BadInput: no decoder in the bundle, or one that differs in more than the channels that skips bring.
+    """
+    found, brings = match_weights(decoder, bundle, part="decoder"), bool(decoder.skips) and not bundle.card["decoder"]["skips"]
+    odd = [name for name, (one, other) in found.misshapen.items() if not brings or one[:1] + one[2:] != other[:1] + other[2:]]
+    if found.missing or found.left_over or odd or not found.matched:
+        raise BadInput("weights.decoder: the bundle's decoder must fit but for the channels of the skips:\n  " + "\n  ".join(found.lines()))
+    return sorted(found.misshapen)
+
+
+def into_decoder(decoder: nn.Module, bundle: Bundle) -> None:
+    """Load the bundle's decoder by name; where the skips of `decoder` bring more channels, its own tensors stay (see `unfit`)."""
+    own, left = decoder.state_dict(), unfit(decoder, bundle)
+    decoder.load_state_dict({**(bundle.decoder or {}), **{name: own[name] for name in left}}, strict=True)
+
+
+def _given(bundle: Bundle, part: NetPart, target: dict[str, Tensor], channels: Channels = "repeat") -> dict[str, Tensor]:
     state = bundle.state if part == "encoder" else bundle.decoder
     if state is None:
         raise BadInput("the bundle must hold decoder.safetensors for its decoder to be loaded; found an encoder alone")
-    return _widened(state, target) if part == "encoder" else state
+    return _widened(state, target, channels) if part == "encoder" else state
 
 
-def _widened(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+def _widened(state: dict[str, Tensor], target: dict[str, Tensor], channels: Channels) -> dict[str, Tensor]:
     # The first convolution in the network's own order is the one that reads the input (a folded one reads 8 channels per input channel,
     # those of one input channel together, so that repeating the whole kernel is right for it too).
     first = next((name for name, tensor in target.items() if tensor.ndim == 5), None)
@@ -317,6 +336,12 @@ def _widened(state: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, T
     if not same_otherwise or wanted.shape[1] % tensor.shape[1]:
         return state
     times = wanted.shape[1] // tensor.shape[1]
+    if times == 1:
+        return state
     wide = tensor.repeat(1, times, 1, 1, 1) / times
+    if channels == "first":
+        wide = torch.cat([tensor, torch.zeros_like(wide[:, tensor.shape[1] :])], 1)
+    elif channels == "random":
+        wide = wanted
     # One weight may stand under several names, as in nnU-Net's blocks.
     return state | {name: wide for name in target if name in state and target[name].data_ptr() == wanted.data_ptr()}

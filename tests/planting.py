@@ -19,6 +19,8 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+from volssl.store import _sum
+
 # No English word, hexadecimal number or base64 by chance holds these.
 MARK = "ZQXJVK"
 DATES = ("19270613", "1927-06-13", "1927.06.13", "13.06.1927", "06/13/1927", "13 Jun 1927")
@@ -135,7 +137,10 @@ def _png(content: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _blosc2(content: bytes) -> Iterator[tuple[str, bytes]]:
     array = blosc2.ndarray_from_cframe(content)
-    yield "voxels", np.ascontiguousarray(array[:]).tobytes()
+    voxels = np.ascontiguousarray(array[:])
+    if "steps" in array.schunk.vlmeta:
+        _sum(voxels, array.schunk.vlmeta["steps"])
+    yield "voxels", voxels.tobytes()
     for kind, layer in (("meta", array.schunk.meta), ("vlmeta", array.schunk.vlmeta)):
         for key in layer:
             yield f"{kind} {key}", str(layer[key]).encode()

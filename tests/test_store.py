@@ -5,11 +5,13 @@ import os
 import pickle
 from dataclasses import replace
 
+import blosc2
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from volssl.files import BadInput
-from volssl.store import PACKINGS, About, Entry, Store, read_about
+from volssl.store import PACKINGS, About, Entry, Store, _differences, _sum, read_about
 
 ABOUT = About(
     spacing_mm=(1.0, 1.0, 2.5), modality="CT", window=(-1000.0, 1000.0), clip=(-1024.0, 3071.0), recipe={"spacing_mm": [1, 1, 2.5]}
@@ -97,8 +99,55 @@ def test_another_version_is_refused(filled):
     path = filled[0]
     values = json.loads((path / "store.json").read_text()) | {"version": 99}
     (path / "store.json").write_text(json.dumps(values))
-    with pytest.raises(BadInput, match=r"version 2; found 99"):
+    with pytest.raises(BadInput, match=r"version 2 or 3; found 99"):
         Store.open(path)
+
+
+def test_a_store_of_the_version_before_is_read_but_not_resumed(filled):
+    path, array, one = filled
+    (path / "volumes/S1.b2nd").unlink()
+    packing = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.BITSHUFFLE]}
+    old = blosc2.asarray(array, urlpath=str(path / "volumes/S1.b2nd"), chunks=(1, 64, 64, 64), blocks=(1, 32, 32, 32), cparams=packing)
+    old.schunk.vlmeta["entry"] = json.dumps(one.row())
+    (path / "store.json").write_text(json.dumps(json.loads((path / "store.json").read_text()) | {"version": 2}))
+    store = Store.open(path)
+    assert store.entry("S1") == one
+    np.testing.assert_array_equal(store.read_box("S1", (37, 3, 5), (30, 30, 20)), array[:, 37:67, 3:33, 5:25])
+    with pytest.raises(BadInput, match="version 3 to be resumed; found 2"):
+        Store.create(path, ABOUT)
+
+
+def test_differences_by_hand_and_back():
+    line = np.array([5, 3, 3, 6, -1, 0], np.int16).reshape(1, 6, 1, 1)
+    # Every fourth value stays; -2 and the -1 that stays have their bits but the sign flipped: -2 is 0xFFFE, 0x8001 is -32767.
+    assert _differences(line, 4).ravel().tolist() == [5, -32767, 0, 3, -32768, 1]
+    extremes = np.array([0, -32768, 32767, -32768, -1, 32767], np.int16).reshape(1, 6, 1, 1)
+    for values in (line, extremes):
+        made = _differences(values, 4)
+        _sum(made, 4)
+        np.testing.assert_array_equal(made, values)
+
+
+def test_boxes_anywhere_hold_the_voxels_of_the_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    array = rng.integers(-32768, 32768, (2, 75, 40, 33), dtype=np.int16)
+    store = Store.create(tmp_path / "store", ABOUT)
+    store.write(array, entry("S1", array.shape[1:], channels=2))
+    for _ in range(200):
+        start = [int(rng.integers(0, n)) for n in array.shape[1:]]
+        size = [int(rng.integers(1, n - s + 1)) for n, s in zip(array.shape[1:], start, strict=True)]
+        want = array[(slice(None), *(slice(s, s + w) for s, w in zip(start, size, strict=True)))]
+        np.testing.assert_array_equal(store.read_box("S1", start, size), want)
+
+
+def test_noise_of_a_ct_takes_fewer_bytes_than_its_bits(tmp_path):
+    # Noise of 20 HU, smoothed as a scanner's kernel does, around fat, muscle and air: 0.2 of float32.
+    rng = np.random.default_rng(0)
+    noise = ndimage.gaussian_filter(rng.standard_normal((1, 96, 96, 96)), (0, 0.9, 0.9, 0.6))
+    hu = np.repeat([-1000, -100, 50, 50], 24)[None, None, None] + 12 * noise / noise.std()
+    store = Store.create(tmp_path / "store", ABOUT)
+    store.write(np.clip(np.rint(hu), -1024, 3071).astype(np.int16), entry("S1", (96, 96, 96)))
+    assert store.volume_path("S1").stat().st_size <= 0.2 * 4 * hu.size
 
 
 def test_no_store_and_unfinished_store_are_refused(tmp_path):

@@ -5,8 +5,9 @@
 One CT is resampled to 1 mm and cropped to the body, once. Every side keeps that same array:
 - store: `volssl.store`, int16; files stay open, as in training. small: the same with `packing: small`.
 - nnU-Net: float32, z-scored, not rounded, blosc2 with ZSTD level 8, blocks and chunks as its rule gives for a patch of this size;
-  opened for every patch with mmap and one thread, as its loader does. Written from its description, not its code. It has the range of
-  the store; for CT nnU-Net clips to percentiles of the labelled voxels, which would here make all air one value: a size of its own.
+  opened for every patch with mmap and one thread, as its loader does. Written from its description, not its code. Its size is told
+  twice: clipped to the 0.5 and 99.5 percentiles, as nnU-Net does with every CT, here of the whole body (its labels are a part of it, with
+  a range no wider), which makes all air one value; and with the range of the store. The goal is held against both, patches of the latter.
 - zarr v3: int16 in chunks of 64^3, default compressor. Left out, and said so, where zarr is not installed (extra `bench`).
 - gzip NIfTI: int16, read by nibabel's array proxy.  torch.save: the float32 array.
 Cold: the files are put out of the page cache before each patch. All ratios are medians over rounds in which the sides take turns.
@@ -148,7 +149,7 @@ def sizes(made: dict[str, Side], voxels: int) -> list[Row]:
     torch.save(torch.zeros(voxels), buffer)  # not compressed: the values do not matter
     others = {
         "nnU-Net": (_bytes(made["nnU-Net"].path), 0.4),
-        CLIPPED: (_bytes(made[CLIPPED].path), None),
+        CLIPPED: (_bytes(made[CLIPPED].path), 0.4),
         "float32 torch.save": (buffer.getbuffer().nbytes, 0.2),
         "gzip NIfTI": (_bytes(made["gzip NIfTI"].path), None),
     }

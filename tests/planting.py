@@ -139,7 +139,7 @@ def _blosc2(content: bytes) -> Iterator[tuple[str, bytes]]:
     array = blosc2.ndarray_from_cframe(content)
     voxels = np.ascontiguousarray(array[:])
     if "steps" in array.schunk.vlmeta:
-        _sum(voxels, array.schunk.vlmeta["steps"])
+        _sum(voxels, int(str(array.schunk.vlmeta["steps"])))
     yield "voxels", voxels.tobytes()
     for kind, layer in (("meta", array.schunk.meta), ("vlmeta", array.schunk.vlmeta)):
         for key in layer:

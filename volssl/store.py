@@ -169,7 +169,9 @@ class Store:
         path = Path(path)
         if (path / "store.json").exists():
             if (version := read_about(path).version) != VERSION:
-                raise BadInput(f"store {path}: must be of version {VERSION} to be resumed; found {version}, which is only read; use a new --out")
+                raise BadInput(
+                    f"store {path}: must be of version {VERSION} to be resumed; found {version}, which is only read; use a new --out"
+                )
             if read_json(path / "store.json") != json.loads(json.dumps(asdict(about))):
                 raise BadInput(f"store {path}: must have been begun with the same recipe to be resumed; found another; use a new --out")
         else:
@@ -273,7 +275,7 @@ def _packed(array_CXYZ: np.ndarray, entry: str, packing: str) -> bytes:
     how, steps = PACKINGS[packing]
     cparams = blosc2.CParams(**how, nthreads=1)  # one thread, so that the bytes do not depend on the machine
     with _one_thread():
-        packed: Any = blosc2.empty(array_CXYZ.shape, np.int16, chunks=CHUNKS, blocks=BLOCKS, cparams=cparams)
+        packed: Any = blosc2.empty(array_CXYZ.shape, np.dtype(np.int16), chunks=CHUNKS, blocks=BLOCKS, cparams=cparams)
         for begin in range(0, array_CXYZ.shape[1], CHUNKS[1]):
             packed[:, begin : begin + CHUNKS[1]] = _differences(array_CXYZ[:, begin : begin + CHUNKS[1]], steps)
         packed.schunk.vlmeta["entry"] = entry

@@ -31,6 +31,7 @@ VERBS = {
     "detect": "volssl.detect:run",
     "predict": "volssl.predict:run",
     "evaluate": "volssl.evaluate:run",
+    "study": "volssl.study:run",
     "report": "volssl.report:run",
     "demo": "volssl.demo:run",
 }
@@ -272,10 +273,26 @@ _command(
     },
 )
 _command(
-    "report",
-    "Put runs on one self-contained HTML page.",
+    "study",
+    "Tell whether pretraining pays: arms against scratch.",
     {
-        "runs": (argument(list[Path], "RUN"), ASKED),
+        "recipe": (Recipe, ASKED),
+        "data": (option(Path, "Labelled cases, laid out as finetune takes them."), ASKED),
+        "out": (Out, ASKED),
+        **POOL,
+        "minutes": (option(float, "Longest time for one job, in a process of its own."), 1440.0),
+        "quick": (option(bool, "Shrink the recipe to minutes, to see that it runs.", "--quick"), False),
+        "estimate": (option(bool, "Stop after the checks and the estimate of the hours.", "--estimate"), False),
+        "hours": (option(float, "Begin no job after so many hours, and leave the rest for --resume; 0: no bound.", min=0.0), 0.0),
+        **ENDINGS,
+        **OVERRIDES,
+    },
+)
+_command(
+    "report",
+    "Put runs, or a study, on one self-contained HTML page.",
+    {
+        "runs": (argument(list[Path], "RUN|STUDY"), ASKED),
         "out": (option(Path, "HTML file to write."), ASKED),
         "overwrite": ENDINGS["overwrite"],
     },

@@ -216,14 +216,15 @@ def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case], *
         write_nifti(out / "validation" / f"{case.case_id}.nii.gz", predicted, image.grid, np.uint8)
         pair = Pair(case.case_id, Volume(predicted[None], image.grid), reference, targets)
         judged.append(judge_case(pair, protocol))
-        overlay = _overlay(image, pair.predicted, reference, list(judged[-1].rows), table.labels)
+        overlay = overlay_of(image, pair.predicted, reference, scores=judged[-1].rows, labels=table.labels)
         # A picture goes into reports that are passed on: it bears the case's number in splits.json, not its name.
         overlay_png(out / "pictures" / f"overlay_{number:04d}.png", overlay, title=f"case {number}")
     summary = write_judged(out / "validation", judged, protocol, evaluation.protocol)
     return Outcome(out, message=f"{headline(summary)} over {len(held_out)} held-out cases and {len(targets)} labels")
 
 
-def _overlay(image: Volume, predicted: Volume, reference: Volume, scores: list[Score], labels: dict[str, int]) -> Overlay:
+def overlay_of(image: Volume, predicted: Volume, reference: Volume, *, scores: Sequence[Score], labels: dict[str, int]) -> Overlay:
+    """One segmented case as a picture shows it: RAS+, with its scores."""
     turned = image.reoriented("RAS")
     return Overlay(
         image_XYZ=turned.array_CXYZ[0],

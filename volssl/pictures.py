@@ -36,6 +36,7 @@ CURVE_NAMES = {
     "data_wait_share": "share of time waiting for data",
 }
 INK, LINE, PALE, VALIDATION = "#3c4550", "#1f5fa8", "#a9c4e4", "#c8501e"
+BANDS = ("#1f5fa8", "#c8501e", "#2f7d4f", "#8a4fb0", "#b3861b", "#157f86", "#a8326b")
 POINTS = 600  # a longer series is drawn as means over as many equal stretches
 
 
@@ -164,6 +165,39 @@ def curves_svg(metrics: Sequence[Mapping[str, Any]]) -> bytes:
         for place, key in enumerate(keys):
             panel = figure.add_subplot(rows, 3, place + 1)
             _curve(panel, metrics, key)
+        image = io.BytesIO()
+        figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
+    return image.getvalue()
+
+
+def bands_svg(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], *, across: str, up: str) -> bytes:
+    """Curves with their intervals over a logarithmic axis, as an SVG; the first is drawn in black; empty without a point.
+
+    Args: curves: name -> points (x, y, low, high) in rising x. across, up: what the axes are.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if not any(curves.values()):
+        return b""
+    with rc_context({"svg.hashsalt": "volssl", "font.size": 9, "svg.fonttype": "path"}):
+        figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+        panel = figure.add_subplot()
+        for place, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
+            colour = INK if place == 0 else BANDS[(place - 1) % len(BANDS)]
+            x, y, low, high = zip(*points, strict=True)
+            panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+            panel.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.6, linestyle="--" if place == 0 else "-", label=name)
+        panel.set_xscale("log")
+        ticks = sorted({point[0] for points in curves.values() for point in points})
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.set(xlabel=across, ylabel=up)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+        panel.grid(color="#e3e7ec", linewidth=0.7)
+        panel.tick_params(colors=INK, length=2)
+        panel.legend(frameon=False, fontsize=8.5, loc="lower right")
         image = io.BytesIO()
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
     return image.getvalue()

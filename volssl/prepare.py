@@ -78,17 +78,9 @@ def run(
     """
     settings = _settings(recipe, overrides)
     rows, sources = _usable(index)
-    about = About(
-        spacing_mm=settings.spacing_mm,
-        modality=settings.modality,
-        window=settings.intensity.window,
-        clip=settings.intensity.clip,
-        recipe=asdict(settings),
-        packing=settings.packing,
-    )
     out = claim_out(out, resume=resume, overwrite=overwrite).absolute()
     try:
-        store = Store.create(out, about)
+        store = Store.create(out, about_of(settings))
         _sweep(out)
         failures = _prepare_all(store, settings, rows, sources=sources, means=means)
         write_csv(out / "failures.csv", ({"scan_id": key, "reason": failures[key]} for key in sorted(failures)), FAILURES)
@@ -104,6 +96,18 @@ def run(
             raise
         raise BadInput(f"--out {out}: the disk is full; make room and run again with --resume") from None
     return Outcome(out, len(failures), f"{len(rows) - len(failures)} of {len(rows)} usable scans prepared")
+
+
+def about_of(settings: Settings) -> About:
+    """What the store of a recipe says of itself."""
+    return About(
+        spacing_mm=settings.spacing_mm,
+        modality=settings.modality,
+        window=settings.intensity.window,
+        clip=settings.intensity.clip,
+        recipe=asdict(settings),
+        packing=settings.packing,
+    )
 
 
 def _settings(recipe: str | Path, overrides: Sequence[str]) -> Settings:

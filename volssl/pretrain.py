@@ -50,7 +50,7 @@ def run(
     method.check(made["patches"].box_vox, made["patches"].batch_size * world_size())
     training = made["training"]
     PatchStream(opened, made["patches"], source=Source(seed=training.seed), steps=1)
-    card = _card(made, values, opened, method)
+    card = card_of(made, values, opened, method)
     bundle.prove(method.encoder, card, decoder=method.net.decoder, formats=formats)
     fabric = open_fabric(training.precision)
     out = Path(out)
@@ -189,7 +189,8 @@ def _write_what_is_due(
         checkpoints.save(current.state())
 
 
-def _card(made: dict[str, Any], values: dict[str, Any], store: Store, method: AbstractMethod) -> bundle.Card:
+def card_of(made: dict[str, Any], values: dict[str, Any], store: Store, method: AbstractMethod) -> bundle.Card:
+    """The card of a bundle that this recipe, with this method, trains on this store."""
     net = made["net"]
     arguments = dict(method.net.arguments)
     train = [row for row in store.rows if row.split == "train"]

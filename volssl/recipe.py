@@ -147,11 +147,12 @@ def _with_preset(target: Callable[..., Any], value: Mapping[str, Any], key: str)
     name = given.pop("preset")
     if name not in presets:
         raise BadInput(f"{key}.preset: must be one of {', '.join(presets)}; found {name!r}")
-    return _laid_over(presets[name], given)
+    return laid_over(presets[name], given)
 
 
-def _laid_over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = {k: _laid_over(under[k], v) if isinstance(v, Mapping) and isinstance(under.get(k), Mapping) else v for k, v in over.items()}
+def laid_over(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `under` with those of `over` in their place, key by key; mappings are laid over each other in turn."""
+    both = {k: laid_over(under[k], v) if isinstance(v, Mapping) and isinstance(under.get(k), Mapping) else v for k, v in over.items()}
     return {**under, **both}
 
 

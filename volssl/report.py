@@ -21,6 +21,7 @@ from volssl.page import embedded, render
 from volssl.paired import compare, strips, unmatched
 from volssl.pictures import curves_svg
 from volssl.protocols.protocol import Score
+from volssl.study_page import is_study, write_page
 
 VERBS = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Evaluation"}
 
@@ -51,15 +52,19 @@ class Run:
 
 
 def run(runs: Sequence[Path], *, out: Path, overwrite: bool = False) -> Outcome:
-    """Write one HTML page about any mix of pretraining runs, fine-tuning runs and folders that evaluate left.
+    """Write one HTML page about any mix of pretraining runs, fine-tuning runs and folders that evaluate left; or about one study.
 
-    Args: runs: run folders, in the order of the page. out: the HTML file.
+    Args: runs: run folders, in the order of the page, or a study's folder alone. out: the HTML file.
     Raises: BadInput: no run given; a folder that is not a run; `out` exists and `overwrite` is not set.
     """
     out = Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
         kind = "a folder" if out.is_dir() else "a file"
         raise BadInput(f"--out {out} must be a new file; found {kind}; choose another name, or --overwrite for a file")
+    if any(is_study(Path(run)) for run in runs):
+        if len(runs) > 1:
+            raise BadInput(f"runs: a study must have a page of its own; found {len(runs)} folders; give it alone")
+        return Outcome(write_page(Path(runs[0]), out), message="a study")
     read = _read_all([Path(run) for run in runs])
     page = render(
         "report.html",

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from labelled import blobs
+from monai.inferers.utils import sliding_window_inference
 
+from volssl.compiling import multiplies_bf16
 from volssl.files import BadInput
 from volssl.resample import resample
 from volssl.segment import Inference, Model, Plan, Preparation, onto_original, read_model, write_model
@@ -168,3 +171,102 @@ def test_a_changed_or_absent_model_is_refused(tmp_path):
         stream.write(b"x")
     with pytest.raises(BadInput, match="another"):
         read_model(tmp_path)
+
+
+def by_monai(model, volume):
+    """The label map as it was made before there were slabs: all shares at once, by MONAI, then moved as a whole."""
+    plan = model.plan
+    prepared = plan.preparation.image(volume)
+
+    @torch.no_grad()
+    def shares(x):
+        x = plan.preparation.patch(x)
+        made = []
+        for flips in itertools.product(*((False, True) if flip else (False,) for flip in plan.inference.flips)):
+            axes = [2 + axis for axis, flip in enumerate(flips) if flip]
+            logits = model.net(x.flip(axes))
+            made.append((logits.sigmoid() if plan.regions else logits.softmax(1)).flip(axes))
+        return torch.stack(made).mean(0)
+
+    x = torch.from_numpy(np.ascontiguousarray(prepared.array_CXYZ))[None]
+    made = sliding_window_inference(x, plan.patch_vox, 2, shares, overlap=plan.inference.overlap, mode="gaussian")[0].numpy()
+    turned = volume.grid.reoriented("RAS")
+    if not prepared.grid.almost_equal(turned):
+        made = resample(Volume(made, prepared.grid), turned).array_CXYZ
+    if plan.regions:
+        label = np.zeros(turned.shape_vox, np.uint8)
+        for (_, values), share in zip(plan.regions.items(), made, strict=True):
+            label[share >= 0.5] = values[0]
+    else:
+        label = np.array(plan.values, np.uint8)[made.argmax(0)]
+    return Volume(label[None], turned).reoriented(volume.grid.orientation).array_CXYZ[0]
+
+
+REGIONS = {"whole": (2, 1), "core": (1,)}
+
+
+@pytest.mark.parametrize("regions", [{}, REGIONS], ids=["labels", "regions"])
+@pytest.mark.parametrize("spacing_mm", [None, (1.1, 0.7, 1.9)])
+@pytest.mark.parametrize("affine", [GRIDS["anisotropic"], GRIDS["oblique"]], ids=["anisotropic", "oblique"])
+def test_label_maps_are_those_of_monai(affine, spacing_mm, regions):
+    inference = Inference(overlap=0.5, flips=(True, False, True), precision="fp32", skip_air=False)
+    net = {"name": "unet", "arguments": {"in_channels": 2, "width": 4, "depth": 2, "norm": "instance"}}
+    plan = Plan(
+        net,
+        {"core": 1, "rest": 2},
+        ("T1", "T2"),
+        (16, 12, 16),
+        preparation=Preparation(spacing_mm, "zscore", patches="zscore"),
+        inference=inference,
+        regions=regions,
+    )
+    torch.manual_seed(3)
+    model = Model(plan, plan.network().eval())
+    image = np.stack([blobs(seed, (31, 22, 25))[0] for seed in range(2)])
+    volume = Volume(image, Grid(image.shape[1:], affine))
+    ours, theirs = model.label_map(volume), by_monai(model, volume)
+    assert len(np.unique(theirs)) > 1
+    # Sums of floats in another order: a voxel between two classes may fall to either side.
+    assert (ours != theirs).mean() < 1e-3
+
+
+def windowed(**inference):
+    plan = Plan(tiny_model().plan.architecture, {"a": 2, "b": 5}, ("CT",), (8, 8, 8), inference=Inference(**inference))
+    torch.manual_seed(0)
+    return Model(plan, plan.network().eval())
+
+
+def test_air_is_background_where_the_recipe_says_so():
+    array = np.full((1, 24, 16, 16), -1200, np.int16)
+    array[:, :6] = 40
+    volume = Volume(array, Grid((24, 16, 16), np.eye(4)))
+    biased = {skip: windowed(skip_air=skip) for skip in (True, False)}
+    for model in biased.values():
+        with torch.no_grad():
+            model.net.heads[0].bias.copy_(torch.tensor([0.0, 0.0, 50.0]))  # finds label 5 wherever it looks
+    assert (biased[False].label_map(volume) == 5).all()
+    found = biased[True].label_map(volume)
+    assert (found[:6] == 5).all() and (found[12:] == 0).all()
+    plan = replace(biased[True].plan, preparation=Preparation(normalisation="zscore"))  # in MR nothing is left out
+    assert (Model(plan, biased[True].net).label_map(volume) == 5).all()
+
+
+def test_precision_reaches_the_network():
+    volume = Volume(np.random.default_rng(0).integers(-900, 900, (1, 12, 12, 12)).astype(np.int16), Grid((12, 12, 12), np.eye(4)))
+    made = {}
+    for precision in ("fp32", "bf16"):
+        kept = []
+        windowed(precision=precision).label_map(volume, keep=lambda box, shares, kept=kept: kept.append(shares.clone()))
+        made[precision] = torch.cat(kept, 1)
+    assert made["bf16"].dtype == torch.float32
+    assert 0 < (made["bf16"] - made["fp32"]).abs().max() < 0.05
+    assert windowed().precision == ("bf16" if multiplies_bf16("cpu") else "fp32")
+
+
+def test_a_net_in_training_is_used_in_evaluation_and_left_in_training():
+    model = windowed()
+    model.net.train()
+    volume = Volume(np.random.default_rng(0).integers(-900, 900, (1, 12, 12, 12)).astype(np.int16), Grid((12, 12, 12), np.eye(4)))
+    first = model.label_map(volume)
+    assert model.net.training
+    np.testing.assert_array_equal(first, model.label_map(volume))  # statistics of the batch norms did not move

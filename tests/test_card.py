@@ -24,6 +24,7 @@ def written(folder, **changes):
         "orientation": "RAS",
         "intensity": CT,
         "method": "pcrlv2",
+        "recipe": {},
         "steps": 7,
         "data": {"train_scans": 3, "train_patients": 2},
         "sha256": "0" * 64,
@@ -41,6 +42,8 @@ def written(folder, **changes):
     [
         ({"schema": 2}, "update volssl"),
         ({"schema": "1"}, "integer `schema`"),
+        ({"citations": "A"}, "`citations` must be of type list; found 'A'"),
+        ({"sha256": None, "in_channels": True}, "`sha256` must be of type str.*`in_channels` must be of type int"),
         ({"spacing_mm": [1, 1]}, "`spacing_mm` must be three numbers above 0"),
         ({"spacing_mm": [1, 1, 0]}, "`spacing_mm`"),
         ({"architecture": "unet"}, "`architecture`"),

@@ -12,6 +12,13 @@ from volssl import recipe as recipes
 from volssl.files import BadInput, read_json
 
 SCHEMA = 1
+# What every card holds, besides the keys that are looked at one by one.
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("orientation", "method", "volssl_version", "licence", "sha256"), str),
+    **dict.fromkeys(("in_channels", "steps"), int),
+    **dict.fromkeys(("recipe", "data"), dict),
+    "citations": list,
+}
 LARGEST_CARD = 2**20  # bytes; a card is a few kilobytes
 
 
@@ -69,7 +76,11 @@ def read_card(folder: Path | str) -> dict[str, Any]:
 
 
 def _faults(card: Mapping[str, Any]) -> list[str]:
-    faults = []
+    faults = [
+        f"`{key}` must be of type {kind.__name__}; found {card.get(key)!r}"
+        for key, kind in KINDS.items()
+        if not isinstance(card.get(key), kind) or isinstance(card.get(key), bool)
+    ]
     architecture = card.get("architecture")
     if not (
         isinstance(architecture, dict) and isinstance(architecture.get("name"), str) and isinstance(architecture.get("arguments"), dict)

@@ -17,7 +17,7 @@ import typer
 from volssl import __version__
 from volssl.complaints import complaint, fault, is_withheld
 from volssl.files import BadInput, Outcome
-from volssl.options import ENDINGS, GATES, LOOK, OVERRIDES, POOL, Labels, Out, Recipe, Workers, argument, option
+from volssl.options import ENDINGS, GATES, LOOK, OVERRIDES, POOL, Labels, Out, Recipe, Workers, argument, option, three_sides
 
 VERBS = {
     "fetch": "volssl.fetch:run",
@@ -235,13 +235,14 @@ _command(
 )
 _command(
     "export",
-    "Copy the encoder of a run in a format others read.",
+    "Hand the network of a run to other tools.",
     {
         "source": (argument(Path, "RUN_OR_BUNDLE"), ASKED),
-        "to": (option(str, "Format: bundle or nnunet."), ASKED),
+        "to": (option(str, "Format: bundle, nnunet or onnx; of a finetune run onnx."), ASKED),
         "out": (Out, ASKED),
         "plans": (option(Path | None, "nnunet: nnUNetPlans.json of the data set to fine-tune on."), None),
         "channels": (option(int | None, "nnunet: input channels of the network there.", min=1), None),
+        "patch": (option(Any, "onnx: sides of the patch in voxels.", parser=three_sides, metavar="X,Y,Z"), None),
         "overwrite": ENDINGS["overwrite"],
     },
 )

@@ -17,6 +17,14 @@ def share_or_count(given: str | float) -> int | float:
         raise typer.BadParameter(f"must be a share such as 0.1 or a count such as 12; found {text!r}") from None
 
 
+def three_sides(given: str) -> tuple[int, int, int]:
+    """`64,64,32` as sides in voxels, X Y Z."""
+    sides = given.replace("x", ",").split(",")
+    if len(sides) != 3 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+        raise typer.BadParameter(f"must be three whole numbers above 0, such as 64,64,32; found {given!r}")
+    return int(sides[0]), int(sides[1]), int(sides[2])
+
+
 def argument(kind: Any, metavar: str) -> Any:
     """The annotation of an argument that the user must give."""
     return Annotated[kind, typer.Argument(metavar=metavar, show_default=False)]

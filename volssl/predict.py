@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from volssl import deploy
 from volssl.archive import write_nifti
 from volssl.dicom_seg import Maker, check_installed, check_source, write_dicom_seg
 from volssl.files import BadInput, Outcome, check_out, claim_out, place_of, read_json, tell, track, write_csv, write_json
@@ -64,8 +65,8 @@ def run(
     if format == "dicomseg":
         check_installed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = read_ensemble(runs, device)
-    checksums = [read_json(one / "model.json")["sha256"] for one in runs]
+    model = read_ensemble(runs, device, read=deploy.read)
+    checksums = [deploy.checksum(one) for one in runs]
     settings = {"models": checksums, "format": format, "probabilities": extras.probabilities}
     if resume and Path(out).is_dir() and any(Path(out).iterdir()):
         _same_run(Path(out), settings)

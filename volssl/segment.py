@@ -263,12 +263,14 @@ def read_model(run: Path, device: torch.device | str = "cpu") -> Model:
     return Model(plan, net.eval())
 
 
-def read_ensemble(runs: Sequence[Path], device: torch.device | str = "cpu") -> Model:
-    """Read the models of several runs as one, whose shares are the mean of theirs.
+def read_ensemble(
+    runs: Sequence[Path], device: torch.device | str = "cpu", *, read: Callable[[Path, torch.device | str], Model] = read_model
+) -> Model:
+    """Read the models of several runs as one, whose shares are the mean of theirs. `read`: gives the model of one.
 
-    Raises: BadInput: as `read_model`; runs that differ in more than their networks.
+    Raises: BadInput: as `read`; runs that differ in more than their networks.
     """
-    first, *others = (read_model(run, device) for run in runs)
+    first, *others = (read(run, device) for run in runs)
     told = [
         f"{run}: {one.name} must be that of the first run, {getattr(first.plan, one.name)}; found {getattr(other.plan, one.name)}"
         for run, other in zip(runs[1:], others, strict=True)

@@ -13,7 +13,8 @@ from volssl.files import BadInput, Outcome, check_out, claim_out, write_json
 
 # Format -> its function `(source, options) -> write`: it checks all that can be wrong with a run or bundle; `write(folder)` then fills an
 # empty folder and gives a line on what it wrote.
-FORMATS = {"bundle": "volssl.export.bundle:export", "nnunet": "volssl.export.nnunet:export"}
+FORMATS = {"bundle": "volssl.export.bundle:export", "nnunet": "volssl.export.nnunet:export", "onnx": "volssl.export.onnx:export"}
+TRAINED = {"onnx": "volssl.deploy:onnx"}  # the same for a finetune run, whose network segments
 Writer = Callable[[Path], str]
 
 
@@ -21,15 +22,17 @@ Writer = Callable[[Path], str]
 class Options:
     """What some formats want to know; each refuses what it does not take.
 
-    Attributes: plans: an nnUNetPlans.json of the data set to fine-tune on. channels: input channels of the network there.
+    Attributes: plans: an nnUNetPlans.json of the data set to fine-tune on. channels: input channels of the network there. patch: sides in
+        voxels, X Y Z, of what the network is to take.
     """
 
     plans: Path | None = None
     channels: int | None = None
+    patch: tuple[int, int, int] | None = None
 
     def refuse(self, to: str, *taken: str) -> None:
         """Raises: BadInput: if one was given that the format `to` does not take."""
-        if others := [name for name in ("plans", "channels") if name not in taken and getattr(self, name) is not None]:
+        if others := [name for name in ("plans", "channels", "patch") if name not in taken and getattr(self, name) is not None]:
             raise BadInput(f"--{others[0]}: is not for --to {to}; leave it out")
 
 
@@ -56,7 +59,13 @@ def run(source: Path, *, to: str, out: Path, options: Options = NONE, overwrite:
 
 def writer(to: str, source: Path, options: Options = NONE) -> Writer:
     """What writes `source` as format `to`; all is checked by then. Raises: BadInput: what does not fit, and what would."""
-    module, _, name = FORMATS[to].partition(":")
+    trained = (source / "model.json").exists()
+    if trained and to not in TRAINED:
+        raise BadInput(
+            f"--to {to}: takes a pretrained encoder; found a finetune run; for that --to must be one of {', '.join(TRAINED)}, or export "
+            "the bundle it began from"
+        )
+    module, _, name = (TRAINED if trained else FORMATS)[to].partition(":")
     return getattr(import_module(module), name)(source, options)
 
 

@@ -97,7 +97,8 @@ class UpBlock(nn.Module):
         inside = self.up.in_channels
         bias = conv.bias if skip_BCXYZ is None else None
         weight = conv.weight[:, :inside]
-        if composing_pays(coarse_BCXYZ, conv.out_channels) or is_composed(self.up, weight):
+        composed = composing_pays(coarse_BCXYZ, conv.out_channels) or is_composed(self.up, weight)
+        if composed and not torch.compiler.is_exporting():
             y = composed_up_conv(coarse_BCXYZ, self.up, weight, bias)
         else:
             y = padded_conv(self.up(coarse_BCXYZ), weight, bias)

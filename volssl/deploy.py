@@ -1,0 +1,103 @@
+"""A fine-tuned network for other tools: as an ONNX graph, and that graph as a model again, which predicts by ONNX Runtime.
+
+The formats themselves are on the shelf `export/`; what is here knows the plan of a fine-tuned network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from volssl.export import Options, Writer
+from volssl.export import onnx as graphs
+from volssl.files import BadInput, read_json, sha256, write_json, write_text
+from volssl.recipe import arguments
+from volssl.segment import Model, Plan, Preparation, read_model
+
+
+class WholeNet(nn.Module):
+    """A segmentation network with what happens to a patch right before it, so that who runs it need not know: patch -> logits."""
+
+    def __init__(self, net: nn.Module, preparation: Preparation) -> None:
+        super().__init__()
+        self.net, self.preparation = net, preparation
+
+    def forward(self, x_BCXYZ: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) as `Preparation.image` gives it -> logits (B, K, X, Y, Z)."""
+        return self.net(self.preparation.patch(x_BCXYZ))
+
+
+def onnx(source: Path, options: Options) -> Writer:
+    """Check that a finetune run can become `segmentation.onnx`. Raises: BadInput: no sound model, sides that do not fit, no onnx."""
+    options.refuse("onnx", "patch")
+    graphs.libraries()
+    model = read_model(source)
+    plan = replace(model.plan, patch_vox=options.patch or model.plan.patch_vox)
+    graphs.check_sides(model.net.net, plan.patch_vox, norm=plan.architecture["arguments"].get("norm", "batch"))
+    shape = (1, len(plan.channels), *plan.patch_vox)
+
+    def write(out: Path) -> str:
+        difference = graphs.write_graph(out / "segmentation.onnx", WholeNet(model.net, plan.preparation), shape, ["logits"])
+        about = {"sha256": sha256(out / "segmentation.onnx"), "plan": asdict(plan)}
+        write_text(out / "README.md", graphs.readme("segmentation.onnx", shape, f"logits: {_meaning(plan)}", _voxels(plan)))
+        write_json(out / "onnx.json", graphs.described("segmentation.onnx", shape, difference) | about)
+        sides = "x".join(map(str, plan.patch_vox))
+        return f"segmentation.onnx, patches of {sides}; ONNX Runtime differs from torch by at most {difference:.1e}"
+
+    return write
+
+
+def _meaning(plan: Plan) -> str:
+    if plan.regions:
+        return f"one channel per region ({', '.join(plan.regions)}), inside where its sigmoid is at least 0.5"
+    names = {value: name for name, value in plan.labels.items()}
+    return f"one channel per class ({', '.join(['background', *(names[value] for value in plan.values[1:])])}), of which the largest counts"
+
+
+def _voxels(plan: Plan) -> str:
+    return (
+        f"Channels: {', '.join(plan.channels)}. Voxels: RAS+, prepared as `{asdict(plan.preparation)}`; the normalisation of each patch "
+        "is in the graph. A volume larger than the patch is taken in windows; `volssl predict` does it with this folder as RUN."
+    )
+
+
+def read(run: Path, device: torch.device | str = "cpu") -> Model:
+    """The model of a finetune run, or of an ONNX export of one. Raises: BadInput: neither, or damaged."""
+    return read_graph(run) if (run / "onnx.json").exists() else read_model(run, device)
+
+
+def checksum(run: Path) -> str:
+    """What tells the weights of a run, or of an export of one, from others."""
+    return read_json(run / ("onnx.json" if (run / "onnx.json").exists() else "model.json"))["sha256"]
+
+
+def read_graph(folder: Path) -> Model:
+    """A model whose network is a graph in ONNX Runtime, on the CPU. Raises: BadInput: no fine-tuned network's graph, or another file."""
+    values = read_json(folder / "onnx.json")
+    if not isinstance(values, dict) or not isinstance(values.get("plan"), dict):
+        raise BadInput(f"{folder}/onnx.json: must be of a fine-tuned network, with its plan; found none; export a finetune run --to onnx")
+    path = folder / "segmentation.onnx"
+    if not path.exists() or sha256(path) != values.get("sha256"):
+        raise BadInput(f"{path}: must be the file onnx.json was written for; found {'another' if path.exists() else 'nothing there'}")
+    known = {field.name for field in fields(Plan)}
+    plan = Plan(**arguments(Plan, {name: value for name, value in values["plan"].items() if name in known}, "onnx.json"))
+    # The graph normalises its patches itself.
+    bare = replace(plan, preparation=replace(plan.preparation, patches="none"), inference=replace(plan.inference, precision="fp32"))
+    net: Any = _GraphNet(path)
+    return Model(bare, net)
+
+
+class _GraphNet(nn.Module):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)  # by which a model asks for the device
+        self.session = graphs.session(path)
+
+    def forward(self, x_BCXYZ: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) -> logits (B, K, X, Y, Z)."""
+        (logits,) = self.session.run(["logits"], {"image": x_BCXYZ.float().contiguous().numpy()})
+        return torch.from_numpy(logits)

@@ -345,6 +345,21 @@ def test_enhanced_multi_frame_is_read_frame_by_frame(series):
     np.testing.assert_array_equal(archive.read(found).array_CXYZ, volume.array_CXYZ)
 
 
+def test_enhanced_files_of_one_frame_each_make_a_volume(series):
+    shutil.rmtree(series)
+    grid = oblique_grid((40, 36, 14), (1.5, 1.75, 3.0))
+    for number in range(14):
+        affine = grid.affine.copy()
+        affine[:3, 3] = grid.world(np.array([[0, 0, number]]))[0]
+        tags = TAGS | {"SOPInstanceUID": f"2.25.77{number}"}
+        write_enhanced_ct(series / f"{number}", smooth(grid)[None, :, :, number : number + 1], Grid((40, 36, 1), affine), tags=tags)
+    row, source = only(series)
+    assert (row.verdict, row.reasons, row.repairs, row.num_slices) == ("repair", ("multi_frame",), ("read_frames",), 14)
+    for volume in (archive.read_source(source), archive.read_image(series)):
+        assert volume.grid.almost_equal(grid, tolerance_mm=1e-3)
+        assert agree(volume, within_hu=0.51)
+
+
 def test_enhanced_multi_frame_of_several_time_points(series):
     shutil.rmtree(series)
     grid = oblique_grid((40, 36, 14), (1.5, 1.75, 3.0))

@@ -1,12 +1,14 @@
 """Out folders, atomic files, tables: nothing half-written, nothing lost."""
 
+import errno
 import json
 import os
+import tempfile
 
 import pytest
 
 from volssl import files
-from volssl.files import BadInput
+from volssl.files import BadInput, scratch
 
 
 def test_out_folder_in_use_is_refused_and_flags_do_what_they_say(tmp_path):
@@ -100,3 +102,13 @@ def test_looking_at_out_touches_nothing(tmp_path):
     assert (tmp_path / "recipe.yaml").exists()
     with pytest.raises(BadInput, match="must be new or empty"):
         files.check_out(tmp_path)
+
+
+def test_scratch_goes_and_names_tmpdir_when_it_is_full():
+    with scratch() as folder:
+        (folder / "a").write_text("b")
+    assert not folder.exists()
+    with pytest.raises(BadInput, match=f"TMPDIR {tempfile.gettempdir()}: must have room"), scratch():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(PermissionError), scratch():
+        raise PermissionError(errno.EACCES, "Permission denied")

@@ -142,12 +142,15 @@ def test_out_in_use_and_empty_archive_are_refused(hospital, tmp_path):
         index.build([hospital], out=tmp_path / "used")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="must hold scans; found no file"):
+        index.build([tmp_path / "empty"], out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(BadInput, match="must hold scans; found no file"):
         index.build([tmp_path / "empty"], out=tmp_path / "index")
     shutil.copy(hospital / "cut.nii.gz", tmp_path / "empty")
     (tmp_path / "empty/notes.txt").write_text("x")
     with pytest.raises(BadInput, match="found 1 not_an_image, 1 truncated"):
         index.build([tmp_path / "empty"], out=tmp_path / "index")
-    assert not any((tmp_path / "index").iterdir())
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 10, 40])

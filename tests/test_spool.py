@@ -5,7 +5,7 @@ from pathlib import Path
 
 from volssl.dicom import header
 from volssl.dicom_write import write_dicom_series
-from volssl.spool import Spool
+from volssl.spool import Spool, packed, unpacked
 
 
 def test_series_come_back_together(tmp_path, phantom):
@@ -13,10 +13,10 @@ def test_series_come_back_together(tmp_path, phantom):
         write_dicom_series(tmp_path / series, *phantom, tags={"PatientID": "J", "StudyInstanceUID": "2.25.1", "SeriesInstanceUID": series})
     slices = [header(path) for path in sorted(tmp_path.rglob("*.dcm"))]
     with closing(Spool(tmp_path)) as spool:
-        spool.add_slices(slices[::2])
-        spool.add_slices(slices[1::2])
+        spool.add_slices(map(packed, slices[::2]))
+        spool.add_slices(map(packed, slices[1::2]))
         assert spool.count_series() == 2
-        got = list(spool.series())
+        got = list(map(unpacked, spool.series()))
         assert [len(group) for group in got] == [12, 12]
         assert sorted((one for group in got for one in group), key=lambda one: one.path) == slices
         assert {one.series for one in got[0]} == {"2.25.4"}

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 
-from volssl.dicom import Slice, Unreadable, frames_of, header, is_dicom
+from volssl.dicom import VOLUME_MODALITIES, Slice, Unreadable, frames_of, header, is_dicom
 from volssl.files import BadInput, atomic
 from volssl.formats import META, NIFTI, NRRD, read_file
 from volssl.pixels import read_series
@@ -184,6 +183,16 @@ def header_or_code(path: Path) -> Slice | str:
         return error.code
 
 
+def placed(one: Slice) -> Slice:
+    """The one frame of an enhanced file, which says only in its functional groups where it lies; any other slice as it is."""
+    if (one.position and one.axes) or one.frames > 1 or one.modality not in VOLUME_MODALITIES or "not_an_image" in one.faults:
+        return one
+    try:
+        return frames_of(one)[0]
+    except Unreadable:
+        return one
+
+
 def read(found: Found) -> Volume:
     """Read a scan that `find` found. Raises: Unreadable."""
     return read_files(found.files)
@@ -227,7 +236,8 @@ def read_files(files: Sequence[Path]) -> Volume:
 def _read_slices(slices: Sequence[Slice]) -> Volume:
     if len(slices) == 1 and slices[0].frames > 1:
         return read_series(frames_of(slices[0]), repairs=("read_frames",))
-    return read_series(slices)
+    slices = [placed(one) for one in slices]
+    return read_series(slices, repairs=("read_frames",) if slices[0].frame >= 0 else ())
 
 
 def read_image(path: Path) -> Volume:
@@ -282,6 +292,8 @@ def _checked(volume: Volume, path: Path) -> Volume:
 def write_nifti(path: Path, array_XYZ: np.ndarray, grid: Grid, dtype: Any) -> None:
     """Write one array of the grid's shape as .nii or .nii.gz, atomically, with q-form and s-form and no free text."""
     assert array_XYZ.shape == grid.shape_vox, (array_XYZ.shape, grid.shape_vox)
+    import nibabel  # takes half of the time in which a process of ours starts, and most need it not
+
     image = nibabel.Nifti1Image(np.asarray(array_XYZ, dtype=dtype), grid.affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(grid.affine, code=1)
@@ -293,6 +305,8 @@ def write_nifti(path: Path, array_XYZ: np.ndarray, grid: Grid, dtype: Any) -> No
 def write_scaled_nifti(path: Path, array_XYZ: np.ndarray, grid: Grid, *, slope: float) -> None:
     """Write whole numbers that stand for `slope` times themselves as .nii.gz, atomically, plane by plane: the array may lie on disk."""
     assert array_XYZ.shape == grid.shape_vox, (array_XYZ.shape, grid.shape_vox)
+    import nibabel
+
     header = nibabel.Nifti1Header()
     header.set_data_dtype(array_XYZ.dtype)
     header.set_data_shape(array_XYZ.shape)

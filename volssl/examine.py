@@ -76,7 +76,7 @@ def examined(gates: Gates, item: list[Slice] | Path) -> list[Facts]:
 
 def examine_series(gates: Gates, slices: list[Slice]) -> list[Facts]:
     """The volumes of one DICOM series, by the headers of its files."""
-    single = [one for one in slices if one.frames <= 1]
+    single = [archive.placed(one) for one in slices if one.frames <= 1]
     stacks = []
     for one in slices:
         if one.frames > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -121,6 +122,18 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder in TMPDIR. Raises: BadInput: no room is left there, lest --out be taken for the disk that is full."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="volssl-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BadInput(f"TMPDIR {tempfile.gettempdir()}: must have room for a bundle; {error.strerror}; make room or set another") from None
 
 
 def _umask() -> int:

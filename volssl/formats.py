@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import nibabel
 import numpy as np
 
 from volssl.dicom import LPS_TO_RAS, Unreadable
@@ -90,6 +89,8 @@ def _hold(path: Path, declared: int, stored: int, *, packed: bool) -> None:
 
 
 def _read_nifti(path: Path) -> Volume:
+    import nibabel  # takes half of the time in which a process of ours starts, and DICOM needs it not
+
     image: Any = nibabel.load(path, mmap=False)
     shape = tuple(int(n) for n in image.shape)
     if len(shape) < 3 or min(shape) < 1:

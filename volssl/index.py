@@ -27,7 +27,7 @@ from volssl.rows import Index as Index
 from volssl.rows import Row, SourcesFile, write_rows
 from volssl.rows import load as load
 from volssl.splits import split
-from volssl.spool import Spool
+from volssl.spool import Spool, packed, unpacked
 
 VERSION = 2
 BATCH = 64  # headers that a worker reads at a time
@@ -50,6 +50,7 @@ def build(
     Returns: `failed` counts the files that should be images and cannot be read; failures.csv names them by pseudonym.
     Raises: BadInput: no scan found, `out` in use, a path that does not exist.
     """
+    made = not Path(out).exists()
     out = claim_out(out, resume=resume, overwrite=overwrite)
     private = out / "private"
     fresh = not private.exists()
@@ -59,7 +60,7 @@ def build(
         failed = {path: kind for path, kind in spool.others(("dicom", "file")) if kind not in archive.IGNORED}
         ignored = {path: kind for path, kind in spool.others(("dicom", "file")) if kind in archive.IGNORED}
         total = spool.count_series() + spool.count("file")
-        facts_of = over(partial(examined, gates), _chained(spool.series(), spool.files("file")))
+        facts_of = over(partial(_examined, gates), _chained(spool.series(), spool.files("file")))
         key, rows, prints, places = b"", [], [], {}
         roots = {Path(path).absolute() for path in archives}
         with SourcesFile(private) as sources:
@@ -74,7 +75,7 @@ def build(
                     places.setdefault(facts.place[:16], []).append(rows[-1].scan_id)
                 sources.add(rows[-1].scan_id, facts.source)
             if not rows:
-                _refuse(archives, failed, ignored, private if fresh else None)
+                _refuse(archives, failed, ignored, leave=[private] * fresh + [out] * made)
     rows = _with_twins(rows, prints, gates)
     siblings = ((names[0], other) for names in places.values() if len(names) <= gates.siblings for other in names[1:])
     rows = split(rows, seed=seed, share=gates.validation_share, twins=siblings)
@@ -88,11 +89,12 @@ def build(
     )
 
 
-def _refuse(archives: Sequence[Path], failed: dict[Path, str], ignored: dict[Path, str], private: Path | None) -> None:
-    if private is not None:
-        for left in private.iterdir():
+def _refuse(archives: Sequence[Path], failed: dict[Path, str], ignored: dict[Path, str], *, leave: Sequence[Path]) -> None:
+    # `leave`: folders that this run made.
+    for folder in leave:
+        for left in folder.iterdir():
             left.unlink()
-        private.rmdir()
+        folder.rmdir()
     counts = ", ".join(f"{n} {code}" for code, n in sorted(Counter([*failed.values(), *ignored.values()]).items()))
     raise BadInput(f"archive {', '.join(map(str, archives))}: must hold scans; found {counts or 'no file'}")
 
@@ -103,9 +105,9 @@ def _gather(spool: Spool, archives: Sequence[Path], over: Callable[..., Iterable
         spool.add_files(files)
     batches = over(_headers, _batched(spool.files("dicom"), BATCH))
     unread: list[tuple[Path, str]] = []
-    for answers in track(batches, total=-(-spool.count("dicom") // BATCH), label=f"headers, {BATCH} files"):
-        spool.add_slices(answer for _, answer in answers if isinstance(answer, Slice))
-        unread += [(path, answer) for path, answer in answers if not isinstance(answer, Slice)]
+    for slices, odd in track(batches, total=-(-spool.count("dicom") // BATCH), label=f"headers, {BATCH} files"):
+        spool.add_slices(slices)
+        unread += odd
     spool.add_files(unread)
 
 
@@ -115,8 +117,15 @@ def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _headers(paths: Sequence[Path]) -> list[tuple[Path, Slice | str]]:
-    return [(path, archive.header_or_code(path)) for path in paths]
+def _headers(paths: Sequence[Path]) -> tuple[list[tuple[bytes, bytes]], list[tuple[Path, str]]]:
+    # Headers as the spool keeps them, and the files that have none.
+    answers = [(path, archive.header_or_code(path)) for path in paths]
+    slices = [packed(answer) for _, answer in answers if isinstance(answer, Slice)]
+    return slices, [(path, answer) for path, answer in answers if not isinstance(answer, Slice)]
+
+
+def _examined(gates: Gates, item: list[bytes] | Path) -> list[Facts]:
+    return examined(gates, item if isinstance(item, Path) else unpacked(item))
 
 
 @contextmanager
@@ -125,6 +134,8 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
         yield map
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in range(workers):
+            pool.submit(_headers, [])  # so that they start, and import, while the folders are walked
         try:
             yield partial(_in_order, pool, 4 * workers)
         except BrokenProcessPool:

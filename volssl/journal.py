@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -43,7 +44,8 @@ class Journal:
         write_text(self._path, "".join(line + "\n" for line in kept))
         self._warned = {key for line in kept for key in json.loads(line) if key.startswith("warning/")}
         self._stream = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
+        with mock.patch("socket.gethostname", return_value="volssl"):  # else the name of the machine is in the name of the file
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
 
     def _lines(self) -> list[str]:
         # A run killed while it wrote can leave half a line at the end; it is written again after the resume.

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-import SimpleITK as sitk
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import UID, SecondaryCaptureImageStorage
@@ -155,7 +154,7 @@ def _decoded(one: Slice) -> np.ndarray:
     if declared > BOMB and declared > BOMB_RATIO * stored:
         raise Unreadable("too_large", f"{one.path}: {stored} bytes declare an image of {declared}")
     if one.frame < 0:
-        values = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path)))
+        values = _by_itk(one.path)
         return values[0] if values.ndim == 3 and len(values) == 1 else values
     # One frame as a file of its own: so its own rescaling can be applied, and only it is decoded.
     with WithinFile(one.path) as stream:
@@ -172,8 +171,15 @@ def _decoded(one: Slice) -> np.ndarray:
     single["PixelData"].is_undefined_length = True
     with tempfile.TemporaryDirectory() as folder:
         single.save_as(path := Path(folder) / "frame.dcm", enforce_file_format=True)
-        values = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        values = _by_itk(path)
     return _rescaled(values.reshape(values.shape[-2:]), one)
+
+
+def _by_itk(path: Path) -> np.ndarray:
+    import SimpleITK as sitk  # a fifth of the time in which a process of ours starts, and plain pixels need it not
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # they hold file names and header text
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
 def _upright(array_ZYX: np.ndarray, order: Sequence[Slice], grid: Grid) -> np.ndarray:
@@ -214,7 +220,6 @@ def _moved(image: np.ndarray, by: float, size: int, fill: float) -> np.ndarray:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the C++ readers from writing to stderr: their warnings hold file names and header text. Their errors still raise."""
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

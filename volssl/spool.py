@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +16,16 @@ CREATE TABLE files (path BLOB, kind TEXT, code TEXT);
 CREATE TABLE slices (series BLOB, header BLOB);
 CREATE TABLE seen (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
+
+
+def packed(one: Slice) -> tuple[bytes, bytes]:
+    """A header with its series, as bytes: workers make and read them, so that the process that gathers need not."""
+    return "\0".join(one.key).encode("utf-8", "surrogatepass"), pickle.dumps(one)
+
+
+def unpacked(headers: Sequence[bytes]) -> list[Slice]:
+    """The headers of one series; they were written by this very run."""
+    return [pickle.loads(one) for one in headers]
 
 
 class Spool:
@@ -64,18 +74,17 @@ class Spool:
         """How many files are of one kind."""
         return int(self.base.execute("SELECT COUNT(*) FROM files WHERE kind = ?", (kind,)).fetchone()[0])
 
-    def add_slices(self, slices: Iterable[Slice]) -> None:
-        """Keep headers."""
-        rows = (("\0".join(one.key).encode("utf-8", "surrogatepass"), pickle.dumps(one)) for one in slices)
-        self.base.executemany("INSERT INTO slices VALUES (?, ?)", rows)
+    def add_slices(self, slices: Iterable[tuple[bytes, bytes]]) -> None:
+        """Keep headers, packed."""
+        self.base.executemany("INSERT INTO slices VALUES (?, ?)", slices)
 
     def count_series(self) -> int:
         """How many series the headers make."""
         self.base.execute("CREATE INDEX IF NOT EXISTS by_series ON slices (series)")
         return int(self.base.execute("SELECT COUNT(DISTINCT series) FROM slices").fetchone()[0])
 
-    def series(self) -> Iterator[list[Slice]]:
-        """The headers, a series at a time, files in the order they came."""
+    def series(self) -> Iterator[list[bytes]]:
+        """The headers, packed, a series at a time, files in the order they came."""
         rows = self.base.execute("SELECT series, header FROM slices ORDER BY series, rowid")
         for _, group in groupby(rows, key=lambda row: row[0]):
-            yield [pickle.loads(header) for _, header in group]  # written by this very run
+            yield [header for _, header in group]

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from volssl.card import SCHEMA, Card, bundle_folder, model_card, read_card
 from volssl.card import preparation_of as preparation_of  # what fine-tuning asks a bundle for
 from volssl.export import Options, Writer
 from volssl.export import prove as prove_formats
-from volssl.files import BadInput, atomic, sha256, write_json, write_text
+from volssl.files import BadInput, atomic, scratch, sha256, write_json, write_text
 from volssl.recipe import arguments, find
 
 ENCODER, DECODER = "encoder.safetensors", "decoder.safetensors"
@@ -81,8 +80,8 @@ def prove(encoder: nn.Module, card: Card, *, decoder: nn.Module | None = None, f
 
     A week's run must not end in weights nobody can load. Raises: BadInput: what does not fit a format, and what would.
     """
-    with tempfile.TemporaryDirectory(prefix="volssl-") as folder:
-        prove_formats(write(Path(folder) / "bundle", encoder, card, decoder=decoder), formats)
+    with scratch() as folder:
+        prove_formats(write(folder / "bundle", encoder, card, decoder=decoder), formats)
 
 
 def load_bundle(folder: Path | str) -> Bundle:

@@ -1,9 +1,11 @@
 """Fine-tuning end to end on tiny cases: it learns, resumes to the bit, starts from a bundle, and refuses what cannot work."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -12,11 +14,13 @@ import torch
 from labelled import LABELS, write_msd, write_recipe
 from safetensors.torch import load_file
 
-from volssl import evaluate, fitting, predict
+from volssl import evaluate, finetune, fitting, predict
 from volssl import recipe as recipes
 from volssl.__main__ import run_verb
 from volssl.archive import read_image, read_label
 from volssl.checkpoints import Checkpoints, NotFinite
+from volssl.datasets import open_dataset
+from volssl.evaluate import Evaluation
 from volssl.export import bundle
 from volssl.files import BadInput, read_csv, read_json
 from volssl.finetune import PARTS, Options, run
@@ -90,6 +94,17 @@ def test_regions_are_learned_and_scored_on_the_label_map(data, recipe, tmp_path)
     assert mean_dice(tmp_path / "run") > 0.75
     values = {int(v) for path in (tmp_path / "run" / "validation").glob("*.nii.gz") for v in np.unique(read_label(path).array_CXYZ)}
     assert values == {0, 1, 2}
+
+
+def test_the_held_out_cases_are_scored_by_the_recipes_protocol(data, tmp_path):
+    """A model that finds nothing gets the protocol's worst values, region by region."""
+    table = dataclasses.replace(open_dataset(data), regions={"both": (1, 2), "dark": (2,)})
+    nothing = SimpleNamespace(label_map=lambda image: np.zeros(image.grid.shape_vox, dtype=np.uint8))
+    outcome = finetune._validate(tmp_path, nothing, table, list(table.cases[:2]), evaluation=Evaluation("brats_voxel"))
+    assert outcome.message == "mean Dice 0.0000 over 2 held-out cases and 2 labels"
+    summary = read_json(tmp_path / "validation" / "summary.json")
+    assert summary["protocol"] == "brats_voxel" and set(summary["metrics"]) == {"both", "dark", "mean"}
+    assert summary["metrics"]["dark"]["hd95"]["mean"] == pytest.approx(373.13, abs=0.005)
 
 
 def test_the_loss_of_regions_is_the_formula_of_the_papers():
@@ -269,6 +284,8 @@ REFUSED = [
     ({"overrides": ("sampling.patch_vox=[15, 16, 16]",)}, "multiple of the net's stride 2"),
     ({"overrides": ("sampling.patch=3",)}, "unknown key"),
     ({"overrides": ("optimisation.steps=0",)}, "steps >= 1"),
+    ({"overrides": ("evaluation.protocol=brats2022",)}, "must be one of brats2023"),
+    ({"overrides": ("evaluation={protocol: lits2017}", "labels={bright: 1}")}, "label"),
 ]
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from volssl.froc import RATES, Candidates, Findings, Marks, Ranked, Scan, area_under_roc, judge_marks, sensitivities
+from volssl.froc import RATES, Candidates, Findings, Marks, Order, Ranked, Scan, area_under_roc, judge_marks, sensitivities
 
 
 def scan(case: str, candidates: list[tuple[float, float]], findings: list[tuple[float, float, bool]]) -> Scan:
@@ -122,14 +122,12 @@ def test_parity_with_the_challenges_rule(seed, ties):
 def test_the_area_under_the_roc_curve_is_scikit_learns(seed, ties):
     rng = np.random.default_rng(seed)
     scores = [np.round(rng.normal(shift, 1, rng.integers(1, 9)), 0 if ties else 9) for shift in (0.5, 0.0, 1.0, 0.0)]
-    ranked = Ranked.of([scores[0], scores[2]], [scores[1], scores[3]])
+    order = Order.of([scores[0], scores[2]], [scores[1], scores[3]])
     truth = np.repeat([1, 0, 1, 0], [len(of) for of in scores])
-    assert area_under_roc(ranked, np.ones(2)) == pytest.approx(roc_auc_score(truth, np.concatenate(scores)))
+    assert area_under_roc(order, np.ones(2)) == pytest.approx(roc_auc_score(truth, np.concatenate(scores)))
     # Counting a scan three times is the same as having it three times.
     weights = np.repeat([3.0, 3.0, 1.0, 1.0], [len(of) for of in scores])
-    assert area_under_roc(ranked, np.array([3.0, 1.0])) == pytest.approx(
-        roc_auc_score(truth, np.concatenate(scores), sample_weight=weights)
-    )
+    assert area_under_roc(order, np.array([3.0, 1.0])) == pytest.approx(roc_auc_score(truth, np.concatenate(scores), sample_weight=weights))
 
 
 @settings(max_examples=20, deadline=None)
@@ -148,5 +146,5 @@ def test_a_scan_counted_twice_is_two_scans_and_a_found_nodule_lost_never_helps(s
 
 def test_without_findings_or_marks_figures_are_undefined():
     assert np.isnan(curve([judge_marks(scan("a", [(0.0, 0.5)], []))])).all()
-    assert np.isnan(area_under_roc(Ranked.of([], []), np.ones(0)))
+    assert np.isnan(area_under_roc(Order.of([], []), np.ones(0)))
     assert curve([judge_marks(scan("a", [], [(0, 5, True)]))]).tolist() == [0] * 7

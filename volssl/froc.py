@@ -95,36 +95,54 @@ def judge_marks(scan: Scan, *, most: int = MOST) -> Marks:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Positives and negatives of all scans in falling order of probability, equal ones as one group. Made once, counted often."""
+    """Hits and false marks of all scans in falling order of probability, equal ones as one group. Made once, counted with any weights."""
 
     scan: np.ndarray  # whose each is
-    positive: np.ndarray
+    hit: np.ndarray
     ends: np.ndarray  # last place of each group
 
     @classmethod
-    def of(cls, positive: Sequence[np.ndarray], negative: Sequence[np.ndarray]) -> Ranked:
-        """Args: positive, negative: probabilities per scan."""
-        parts = [(number, values, kind) for kind, of in ((True, positive), (False, negative)) for number, values in enumerate(of)]
-        probability = np.concatenate([values for _, values, _ in parts]) if parts else np.zeros(0)
-        scan = np.concatenate([np.full(len(values), number) for number, values, _ in parts]) if parts else np.zeros(0, dtype=int)
-        kinds = np.concatenate([np.full(len(values), kind) for _, values, kind in parts]) if parts else np.zeros(0, dtype=bool)
+    def of(cls, hits: Sequence[np.ndarray], false: Sequence[np.ndarray]) -> Ranked:
+        """Args: hits, false: probabilities per scan."""
+        scan = np.concatenate([np.repeat(np.arange(len(of)), [len(values) for values in of]) for of in (hits, false)])
+        hit = np.repeat([True, False], [sum(len(values) for values in of) for of in (hits, false)])
+        probability = np.concatenate([*hits, *false, np.zeros(0)])
         order = np.argsort(-probability, kind="stable")
-        sorted_ = probability[order]
-        ends = np.flatnonzero(np.append(sorted_[1:] != sorted_[:-1], True)) if len(order) else np.zeros(0, dtype=int)
-        return cls(scan[order].astype(int), kinds[order], ends)
+        ends = np.flatnonzero(np.append(np.diff(probability[order]) != 0, True)) if len(order) else np.zeros(0, dtype=int)
+        return cls(scan[order].astype(int), hit[order], ends)
 
     def counted(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positives and negatives at or above each threshold, the first being above all. Args: weights: how often each scan counts."""
-        each = weights[self.scan] if len(self.scan) else np.zeros(0)
-        above = [np.cumsum(np.where(kind, each, 0))[self.ends] for kind in (self.positive, ~self.positive)]
-        return np.append(0.0, above[0]), np.append(0.0, above[1])
+        """Hits and false marks at or above each threshold, the first being above all. Args: weights: how often each scan counts."""
+        each = weights[self.scan]
+        hits, false = (np.cumsum(np.where(kind, each, 0))[self.ends] for kind in (self.hit, ~self.hit))
+        return np.append(0.0, hits), np.append(0.0, false)
 
 
-def area_under_roc(ranked: Ranked, weights: np.ndarray) -> float:
-    """Probability that a positive is above a negative, ties by half; NaN without both."""
-    positive, negative = ranked.counted(weights)
-    area = float(np.sum(np.diff(negative) * (positive[1:] + positive[:-1]) / 2))
-    return ratio(area, float(positive[-1] * negative[-1]))
+@dataclass(frozen=True)
+class Order:
+    """above_SS[i, j]: how often a positive of scan i is above a negative of scan j, ties by half. Made once, counted with any weights."""
+
+    above_SS: np.ndarray
+    positives: np.ndarray  # per scan
+    negatives: np.ndarray
+
+    @classmethod
+    def of(cls, positive: Sequence[np.ndarray], negative: Sequence[np.ndarray]) -> Order:
+        """Args: positive, negative: probabilities per scan."""
+        scans = len(positive)
+        values = np.concatenate([*positive, np.zeros(0)])
+        whose = np.repeat(np.arange(scans), [len(of) for of in positive])
+        above_SS = np.zeros((scans, scans))
+        for scan, of in enumerate(negative):
+            below = np.sort(of)
+            wins = (np.searchsorted(below, values, "left") + np.searchsorted(below, values, "right")) / 2
+            above_SS[:, scan] = np.bincount(whose, wins, minlength=scans)
+        return cls(above_SS, np.array([len(of) for of in positive], dtype=float), np.array([len(of) for of in negative], dtype=float))
+
+
+def area_under_roc(order: Order, weights: np.ndarray) -> float:
+    """Probability that a positive is above a negative, ties by half; NaN without both. Args: weights: how often each scan counts."""
+    return ratio(float(weights @ order.above_SS @ weights), float((weights @ order.positives) * (weights @ order.negatives)))
 
 
 def sensitivities(ranked: Ranked, missed: np.ndarray, weights: np.ndarray, rates: Sequence[float] = RATES) -> np.ndarray:

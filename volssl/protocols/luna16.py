@@ -14,7 +14,7 @@ import numpy as np
 
 from volssl.candidates import candidates_of, findings_of
 from volssl.files import BadInput
-from volssl.froc import MOST, RATES, Marks, Ranked, Scan, area_under_roc, judge_marks, sensitivities
+from volssl.froc import MOST, RATES, Marks, Order, Ranked, Scan, area_under_roc, judge_marks, sensitivities
 from volssl.intervals import pooled_intervals
 from volssl.protocols.protocol import AbstractProtocol, Judged, Pair, Score, overlap
 from volssl.volume import Volume
@@ -60,7 +60,7 @@ class Luna16(AbstractProtocol):
         if not scans:
             return {}
         ranked = Ranked.of([scan.hits for scan in scans], [scan.false for scan in scans])
-        graded = Ranked.of([scan.positive for scan in scans], [scan.negative for scan in scans])
+        graded = Order.of([scan.positive for scan in scans], [scan.negative for scan in scans])
         missed = np.array([scan.missed for scan in scans], dtype=np.float64)
 
         def figures(weights: np.ndarray) -> dict[str, float]:

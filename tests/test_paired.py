@@ -38,6 +38,16 @@ def test_too_few_pairs_and_no_difference():
     assert signed_rank([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]) == pytest.approx(2 / 2**6)
 
 
+def test_ties_with_zero_take_the_lowest_ranks_and_no_side():
+    # Pratt: zeros are ranked and then left out, so that the others keep ranks 3.5 ... 9; written as sign changes of these alone.
+    differences = [0.0, 0.0, 0.3, -0.1, 0.4, 0.2, 0.5, 0.6, 0.7]
+    ranks = rankdata(np.abs(differences))[2:]
+    sums = np.array([np.dot(ranks, signs) for signs in itertools.product((0, 1), repeat=len(ranks))])
+    found = ranks[np.array(differences[2:]) > 0].sum()
+    exact = np.mean(np.abs(sums - ranks.sum() / 2) >= abs(found - ranks.sum() / 2) - 1e-9)
+    assert signed_rank(differences) == pytest.approx(float(exact))
+
+
 def test_holm_by_hand():
     # Sorted 0.01, 0.02, 0.04, 0.9: times 4, 3, 2, 1 are 0.04, 0.06, 0.08, 0.9.
     assert holm([0.04, 0.01, 0.9, 0.02]) == pytest.approx([0.08, 0.04, 0.9, 0.06])

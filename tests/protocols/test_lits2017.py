@@ -79,6 +79,14 @@ def test_a_split_prediction_finds_one_lesion_and_a_joining_one_finds_two():
     assert detect(label_map((2, 4)), label_map((4, 6)), 0.0) == (0, 1, 1)  # touching is not overlapping
 
 
+def test_one_prediction_over_two_lesions_is_no_precision_above_1():
+    judged = judge(label_map((2, 11)), label_map((2, 6), (7, 11)))
+    pooled = PROTOCOL.pooled([judged, judge(label_map((2, 6), (20, 22)), label_map((2, 6)), "b")])["tumour"]
+    assert pooled["recall_50"]["mean"] == 1
+    assert pooled["precision_50"]["mean"] == 1  # 3 found by 3 predictions, of which one is false
+    assert PROTOCOL.pooled([judged])["tumour"]["precision_50"]["mean"] == 1
+
+
 def test_the_tumour_burden_by_hand():
     reference, predicted = label_map((2, 6)), label_map((2, 10))
     error = rows(judge(predicted, reference))[("tumour", "burden_error")]

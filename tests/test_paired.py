@@ -39,13 +39,14 @@ def test_too_few_pairs_and_no_difference():
 
 
 def test_ties_with_zero_take_the_lowest_ranks_and_no_side():
-    # Pratt: zeros are ranked and then left out, so that the others keep ranks 3.5 ... 9; written as sign changes of these alone.
-    differences = [0.0, 0.0, 0.3, -0.1, 0.4, 0.2, 0.5, 0.6, 0.7]
+    # Pratt: zeros are ranked and then left out, so that the others keep ranks 3 ... 9; written as sign changes of these alone.
+    differences = [0.0, 0.0, 0.3, -0.4, 0.1, 0.2, 0.5, 0.6, 0.7]
     ranks = rankdata(np.abs(differences))[2:]
     sums = np.array([np.dot(ranks, signs) for signs in itertools.product((0, 1), repeat=len(ranks))])
     found = ranks[np.array(differences[2:]) > 0].sum()
     exact = np.mean(np.abs(sums - ranks.sum() / 2) >= abs(found - ranks.sum() / 2) - 1e-9)
-    assert signed_rank(differences) == pytest.approx(float(exact))
+    # Rank 6 is against: subsets of ranks 3 ... 9 with a sum of at most 6 are {}, {3}, {4}, {5}, {6}; the other tail doubles them.
+    assert signed_rank(differences) == pytest.approx(float(exact)) == pytest.approx(10 / 2**7)
 
 
 def test_holm_by_hand():

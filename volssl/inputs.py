@@ -14,12 +14,13 @@ from volssl.archive import Found, Source, Unreadable, find, read_image, read_sou
 from volssl.datasets import SUFFIXES, stem
 from volssl.dicom import is_dicom
 from volssl.examine import Facts, examined
-from volssl.files import BadInput
+from volssl.files import BadInput, track
 from volssl.gates import Gates
 from volssl.reasons import explained
 from volssl.volume import Volume
 
 CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net's name of one channel's file
+MANY = 20  # series from which on it shows how far the look at them has come
 GATES = Gates(min_slices=2)  # a scan too thin to learn from can still be segmented
 
 
@@ -89,7 +90,7 @@ def gather(inputs: Sequence[Path], *, channels: int) -> tuple[list[Item], list[d
 def _examined(scans: Sequence[Found], *, begin: int) -> list[_Series]:
     # The index's own look at each series: what cannot be trusted is refused, what can be mended will be.
     made: list[_Series] = []
-    for found in scans:
+    for found in track(scans, total=len(scans), label="look at series") if len(scans) > MANY else scans:
         for facts in examined(GATES, list(found.slices)):
             made.append(_Series(facts, found.files[0].parent, f"DICOM series {begin + len(made)}"))
     return made

@@ -360,6 +360,7 @@ RESENC = [one for one in TINY if not one.startswith(("net.", "saving."))] + [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_exports_that_its_recipe_names(tiny_store, tmp_path):
     out = tmp_path / "run"
     pretrain.run("pcrlv2", store=tiny_store, out=out, overrides=[*RESENC, "export=nnunet"])

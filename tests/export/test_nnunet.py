@@ -254,7 +254,14 @@ def test_axes_are_put_back_where_the_images_have_them():
 def test_plans_that_are_none(tmp_path):
     made(tmp_path / "bundle")
     two = {"configurations": {"2d": {}}}
-    for content, told in ({}, "must be an nnUNetPlans.json"), (PLANNED | two, "must plan 3d_fullres; found 2d"):
+    odd = {"configurations": {"3d_fullres": {"spacing": [1, 1], "patch_size": 3}}, "transpose_forward": [0, 0, 1]}
+    for content, told in (
+        ({}, "must be an nnUNetPlans.json"),
+        (PLANNED | {"configurations": []}, "must be an nnUNetPlans.json"),
+        (PLANNED | two, "must plan 3d_fullres; found 2d"),
+        (PLANNED | odd, "patch_size must be.*spacing must be.*transpose_forward must be.*normalization_schemes must name"),
+        (PLANNED | {"foreground_intensity_properties_per_channel": {"0": {}}}, "normalization_schemes must name"),
+    ):
         (tmp_path / "plans.json").write_text(json.dumps(content))
         with pytest.raises(BadInput, match=told):
             run(tmp_path / "bundle", to="nnunet", out=tmp_path / "out", options=Options(plans=tmp_path / "plans.json"))

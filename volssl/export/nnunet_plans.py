@@ -15,6 +15,7 @@ from volssl.files import BadInput, read_json
 NETWORK = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]  # arguments that nnU-Net's plans give by name
 CONFIGURATION = "3d_fullres"
+PROPERTIES = "foreground_intensity_properties_per_channel"
 IDENTITY = [0, 1, 2]
 COARSEST = 4  # voxels that nnU-Net's planner leaves along each axis of the coarsest map
 Z_SCORE, OF_CT = "ZScoreNormalization", "CTNormalization"
@@ -55,13 +56,25 @@ def stages_of(plans: Mapping[str, Any]) -> str:
 def read_plans(path: Path) -> dict[str, Any]:
     """A data set's nnUNetPlans.json. Raises: BadInput: it is none, or plans no 3d_fullres."""
     plans = read_json(Path(path))
-    needed = {"dataset_name", "plans_name", "configurations", "transpose_forward"}
-    if not isinstance(plans, dict) or not needed <= plans.keys():
+    needed = {"dataset_name", "plans_name", "configurations", "transpose_forward", PROPERTIES}
+    if not isinstance(plans, dict) or not needed <= plans.keys() or not isinstance(plans["configurations"], dict):
         raise BadInput(f"--plans {path}: must be an nnUNetPlans.json of nnU-Net 2, with {', '.join(sorted(needed))}")
-    found = plans["configurations"].get(CONFIGURATION)
-    if found is None or not {"patch_size", "spacing", "normalization_schemes"} <= found.keys():
+    if CONFIGURATION not in plans["configurations"]:
         raise BadInput(f"--plans {path}: must plan {CONFIGURATION}; found {', '.join(plans['configurations'])}; plan the data set for 3D")
+    found = plans["configurations"][CONFIGURATION]
+    faults = [f"{key} must be three numbers" for key in ("patch_size", "spacing") if len(_listed(found.get(key))) != 3]
+    if sorted(_listed(plans["transpose_forward"])) != IDENTITY:
+        faults.append("transpose_forward must be an order of 0, 1, 2")
+    channels = {str(number) for number in range(len(_listed(found.get("normalization_schemes"))))}
+    if not channels or not isinstance(plans[PROPERTIES], dict) or not channels <= plans[PROPERTIES].keys():
+        faults.append(f"normalization_schemes must name a scheme for each channel of {PROPERTIES}")
+    if faults:
+        raise BadInput(f"--plans {path}: {'; '.join(faults)}; plan the data set again with nnU-Net 2")
     return plans
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def channels_of(card: Mapping[str, Any], base: Mapping[str, Any] | None, asked: int | None) -> int:
@@ -181,7 +194,7 @@ def _pin_intensities(card: Mapping[str, Any], plans: dict[str, Any], configurati
     CT without further normalisation is mapped to [0, 1] as in the pretraining. Where each patch was z-scored, the mean and deviation of the
     data set's foreground stand in, which differ from it by a shift and a scale that the first instance normalisation takes away.
     """
-    schemes, properties = configuration["normalization_schemes"], plans["foreground_intensity_properties_per_channel"]
+    schemes, properties = configuration["normalization_schemes"], plans[PROPERTIES]
     low, high = card["intensity"]["window"]
     for number, scheme in enumerate(schemes):
         if scheme != OF_CT or _scheme(card) != OF_CT:
@@ -220,7 +233,7 @@ def _unplanned(card: Mapping[str, Any], layers: Mapping[str, Any], channels: int
         "configurations": {CONFIGURATION: configuration},
         "experiment_planner_used": "volssl",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {str(number): dict(about) for number in range(channels)},
+        PROPERTIES: {str(number): dict(about) for number in range(channels)},
     }
 
 

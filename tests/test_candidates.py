@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from volssl.candidates import candidates_of, findings_of, read_candidates, read_references
+from volssl.candidates import candidates_of, findings_of, is_findings, read_candidates, read_references
 from volssl.files import BadInput
 from volssl.volume import Grid, Volume
 
@@ -28,6 +28,17 @@ def test_findings_irrelevant_ones_and_all_scans(folder):
     assert found.findings["1.4"].counts.tolist() == [False] and found.findings["1.4"].radius_mm.tolist() == [5]  # 10 mm by rule
     candidates = read_candidates(folder / "candidates.csv", found)
     assert candidates["1.2"].probability.tolist() == [0.9] and candidates["1.2"].classes is None
+
+
+def test_of_the_data_sets_own_folder_the_challenges_tables_are_read(folder):
+    kit = folder / "data" / "evaluationScript" / "annotations"
+    kit.mkdir(parents=True)
+    (folder / "data" / "annotations.csv").write_text(ANNOTATIONS.replace("1.3,", "9.9,"))
+    for name in ("annotations.csv", "annotations_excluded.csv", "seriesuids.csv"):
+        (folder / name).rename(kit / name)
+    assert is_findings(folder / "data") and not is_findings(folder)
+    found = read_references(folder / "data")
+    assert found.known and found.series == ("1.2", "1.3", "1.4", "1.5") and "9.9" not in found.findings
 
 
 def test_without_the_other_tables(folder):

@@ -38,18 +38,26 @@ class References:
 
 def is_findings(path: Path) -> bool:
     """Whether `path` is a table of findings, or a folder with one."""
-    return path.suffix.lower() == ".csv" or (path / "annotations.csv").is_file()
+    return path.suffix.lower() == ".csv" or (_kit(path) / "annotations.csv").is_file()
+
+
+def _kit(folder: Path) -> Path:
+    # The data set's own folder holds the challenge's tables, with irrelevant findings and the list of scans, further down.
+    kit = folder / "evaluationScript" / "annotations"
+    return kit if (kit / "annotations.csv").is_file() else folder
 
 
 def read_references(path: Path) -> References:
     """Findings of annotations.csv or of the folder that holds it, beside it perhaps annotations_excluded.csv and seriesuids.csv.
 
+    Of LUNA16's own folder those in evaluationScript/annotations are read.
+
     A diameter below 0 in annotations_excluded.csv is taken as 10 mm. Where seriesuids.csv is there, it says which scans count; where it is
     not, those with a finding do.
     Raises: BadInput: missing files or columns, values that are no numbers, a scan named twice.
     """
-    folder = path if path.is_dir() else path.parent
-    annotations = path / "annotations.csv" if path.is_dir() else path
+    folder = _kit(path) if path.is_dir() else path.parent
+    annotations = folder / "annotations.csv" if path.is_dir() else path
     rows = [(row, True) for row in _rows(annotations, (*PLACE, "diameter_mm"))]
     if (excluded := folder / "annotations_excluded.csv").is_file():
         rows += [(row, False) for row in _rows(excluded, (*PLACE, "diameter_mm"))]

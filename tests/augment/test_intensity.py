@@ -1,10 +1,12 @@
 """Intensity changes and the patch swap: ranges, purity, and that the input is left alone."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from volssl.augment.corrupt import PatchSwap
-from volssl.augment.intensity import Blur, Contrast, Gamma, Noise, zscore
+from volssl.augment.intensity import Blur, Contrast, Gamma, Noise, gaussian_blur, zscore
 from volssl.draws import Draws
 
 TRANSFORMS = [Blur(), Noise(), Gamma(), Gamma(rescale=True), Contrast(), PatchSwap(swaps=20)]
@@ -67,3 +69,22 @@ def test_gamma_keeps_sign():
     x = torch.tensor([-0.5, 0.0, 0.25]).view(1, 1, 3, 1, 1)
     y = Gamma().apply(x, torch.tensor([0.5]))
     torch.testing.assert_close(y.flatten(), torch.tensor([-(0.5**0.5), 0.0, 0.5]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [(0.25, 0.375, 1.0), (0.0, 1.1, 0.5), (0.1, 3.0, 0.9)])
+@pytest.mark.parametrize("sides", [(9, 20, 33), (1, 2, 3)])
+def test_blur_by_taps_and_by_matrices_is_that_of_scipy(monkeypatch, sigma, sides):
+    x = torch.rand(1, 2, *sides, generator=torch.Generator().manual_seed(0))
+    before, window = x.clone(), torch.rand(1, 2, *(n + 5 for n in sides))[:, :, 2 : 2 + sides[0], 3 : 3 + sides[1], 1 : 1 + sides[2]]
+    window.copy_(x)
+    alone = gaussian_blur(x, torch.tensor([sigma]))
+    assert torch.equal(x, before), "the input is not changed"
+    wanted = [ndimage.gaussian_filter(of.double().numpy(), sigma, mode="nearest", truncate=4.0) for of in x[0]]
+    torch.testing.assert_close(alone[0], torch.from_numpy(np.stack(wanted)).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gaussian_blur(window, torch.tensor([sigma])), alone, rtol=0, atol=0)
+    sigma_B3 = torch.tensor([(0.0, 0.5, 0.0), sigma])
+    batch = gaussian_blur(torch.cat([x, x]), sigma_B3)
+    torch.testing.assert_close(batch[1:], alone, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr("volssl.augment.intensity.FEW_TAPS", 0)
+    torch.testing.assert_close(gaussian_blur(torch.cat([x, x]), sigma_B3), batch, rtol=1e-5, atol=1e-6)
+    assert gaussian_blur(x.double(), torch.tensor([sigma])).dtype == torch.double

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from volssl.compiling import multiplies_bf16
 from volssl.draws import Draws
 from volssl.methods.pcrlv2 import PCRLv2, View, Views
 from volssl.nets.unet import UNet
-from volssl.running import fabric_precision
 
 PROGRESS = 0.25
 
@@ -188,7 +188,7 @@ def timings(given: argparse.Namespace, device: torch.device) -> tuple[list[Row],
     plain, method = both(device)
     told: dict[str, Any] = {"differences": differences(plain, method, views)}
     rows = []
-    bf16 = fabric_precision("auto") == "bf16-mixed" or given.emulate
+    bf16 = multiplies_bf16(device.type) or given.emulate
     ours = {"fp32": stepper(method, lambda: our_loss(method, views))}
     if bf16:
         ours["bf16"] = stepper(method, lambda: our_loss(method, views), bf16=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ARCHIVE = ("monai", "SimpleITK", "nibabel", "pydicom", "torchio", "matplotlib", "jinja2", "typer")
+ARCHIVE = ("monai", "SimpleITK", "nibabel", "pydicom", "torchio", "jinja2", "typer")
 STORE = ("blosc2", "pydantic", "lightning", "yaml", "safetensors", "tqdm")
 
 

@@ -244,9 +244,14 @@ def _losses(current: Run, x_BCXYZ: Tensor, y_B1XYZ: Tensor) -> dict[str, Tensor]
     for i, logits in enumerate(scales):
         weight = 0.5**i / total
         y = y_B1XYZ if i == 0 else F.interpolate(y_B1XYZ.float(), size=logits.shape[2:], mode="nearest-exact").long()
-        of_scale = _of_regions(current.plan, logits.float(), y) if current.plan.regions else _of_labels(logits.float(), y)
+        of_scale = loss_terms(current.plan, logits.float(), y)
         dice, entropy = dice + weight * of_scale[0], entropy + weight * of_scale[1]
     return {"dice": current.optimisation.dice * dice, "cross_entropy": current.optimisation.cross_entropy * entropy}
+
+
+def loss_terms(plan: Plan, logits_BKXYZ: Tensor, y_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:
+    """Dice and cross-entropy of logits for class indices (B, 1, X, Y, Z): of labels by softmax, of regions by sigmoid."""
+    return _of_regions(plan, logits_BKXYZ, y_B1XYZ) if plan.regions else _of_labels(logits_BKXYZ, y_B1XYZ)
 
 
 def _of_labels(logits_BKXYZ: Tensor, y_B1XYZ: Tensor) -> tuple[Tensor, Tensor]:

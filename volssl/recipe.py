@@ -42,9 +42,10 @@ def shelf_of_recipes() -> Path:
 
 
 def load(name_or_path: str | Path, overrides: Sequence[str] = (), *, verb: str) -> dict[str, Any]:
-    """Read a recipe for `verb` and lay the `key=value` overrides (dotted keys, YAML values) over it.
+    """Read a recipe for `verb`, lay the preset it names over it, and over both the `key=value` overrides (dotted keys, YAML values).
 
-    Raises: BadInput: recipe not found, not YAML, written for another verb, or an override that is not `key=value`.
+    A recipe may hold `presets`, name -> some of its keys with other values; `preset`, in it or as an override, chooses one.
+    Raises: BadInput: recipe not found, not YAML, written for another verb, an unknown preset, or an override that is not `key=value`.
     """
     path = _locate(name_or_path)
     try:
@@ -56,9 +57,21 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = (), *, verb: str) 
     written_for = values.pop("verb", None)
     if written_for != verb:
         raise BadInput(f"recipe {name_or_path}: must say `verb: {verb}` to be run by it; found {written_for!r}; choose a recipe for {verb}")
+    values = _with_named_preset(values, [override for override in overrides if override.startswith("preset=")], name_or_path)
     for override in overrides:
-        _lay_over(values, override)
+        if not override.startswith("preset="):
+            _lay_over(values, override)
     return values
+
+
+def _with_named_preset(values: dict[str, Any], asked: Sequence[str], where: str | Path) -> dict[str, Any]:
+    presets, name = values.pop("presets", None) or {}, values.pop("preset", None)
+    name = asked[-1].partition("=")[2] if asked else name
+    if name is None:
+        return values
+    if name not in presets:
+        raise BadInput(f"recipe {where}: preset must be one of {', '.join(presets) or 'none'}; found {name!r}")
+    return laid_over(values, presets[name])
 
 
 def _locate(name_or_path: str | Path) -> Path:

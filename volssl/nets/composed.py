@@ -25,7 +25,11 @@ _COEFFICIENTS = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.5, -0.5, -1.0), (-1.0, 0.5, 0.5, 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Leave every tensor in its own type."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has no autocast
 
 
 def composing_pays(coarse_BAXYZ: Tensor, out_channels: int) -> bool:
@@ -85,7 +89,7 @@ def _kernel(up: nn.ConvTranspose3d, part: str, weight_OMxyz: Tensor) -> Tensor:
         if shared is None:
             return kernel
         kind = of_up.device.type
-        rounded = kernel.detach().to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        rounded = kernel.detach().to(torch.get_autocast_dtype(kind)) if _autocasts(kind) else None
         shared[key] = kernel, rounded
     kernel, rounded = shared[key]
     if rounded is None:
@@ -103,7 +107,7 @@ def _key(up: nn.ConvTranspose3d, weight_OMxyz: Tensor) -> tuple[Any, ...]:
     if torch.compiler.is_compiling():
         return ()
     kind = up.weight.device.type
-    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else up.weight.dtype
+    precision = torch.get_autocast_dtype(kind) if _autocasts(kind) else up.weight.dtype
     versions = [tensor._version for tensor in (up.weight, weight_OMxyz, up.bias) if tensor is not None]
     return id(up), id(up.weight), *versions, precision, torch.is_grad_enabled()
 

@@ -140,3 +140,13 @@ def test_wrong_arguments_are_answered(tmp_path):
         phantom.write_labelled(tmp_path / "d", cases=1, layout="bids")
     with pytest.raises(BadInput, match="patients must be >= 1"):
         phantom.write_archive(tmp_path / "a", patients=0)
+
+
+def test_organs_are_marked_beside_the_liver_and_change_nothing_else():
+    series = phantom._series_of(0, phantom.FIRST_LABELLED, 48)[0]
+    plain_hu, plain = phantom.scan(0, phantom.FIRST_LABELLED, 0, series)
+    hu, labels = phantom.scan(0, phantom.FIRST_LABELLED, 0, series, organs=True)
+    assert (hu == plain_hu).all() and (plain[labels < 3] == labels[labels < 3]).all() and (plain[labels > 2] == 0).all()
+    litres = {value: (labels == value).sum() * np.prod(series.grid.spacing_mm) / 1e6 for value in (1, 3, 4)}
+    assert 0.7 < litres[1] < 2 and 0.1 < litres[3] < 0.5 and 0.005 < litres[4] < 0.06
+    assert abs(np.median(hu[labels == 4]) - 8) < 25  # bile

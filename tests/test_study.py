@@ -10,9 +10,11 @@ import yaml
 from labelled import blobs, write_msd
 
 from volssl import cells, pools, report
+from volssl import recipe as recipes
 from volssl.__main__ import run_verb
 from volssl.archive import write_nifti
-from volssl.arms import planned, shrunk
+from volssl.arms import faults_of, planned, shrunk
+from volssl.datasets import CaseTable, open_dataset
 from volssl.export import bundle
 from volssl.files import BadInput, read_csv, read_json
 from volssl.holdout import divided
@@ -313,13 +315,34 @@ def test_quick_shrinks():
     values = shrunk({key: value for key, value in RECIPE.items() if key != "verb"})
     plan = planned(values, "r")
     assert [arm.name for arm in plan.arms] == ["scratch", "pcrlv2"]
-    assert plan.design.labels == (2, 5) and plan.design.seeds == (0,) and plan.split.test == 3
-    assert plan.arms[1].pretrain["training"]["steps"] == 4 and plan.arms[1].finetune["optimisation"]["steps"] == 6
+    assert plan.design.labels == (2, 5) and plan.design.seeds == (0,) and plan.split.test == 2
+    assert plan.arms[1].pretrain["training"]["steps"] == 3 and plan.arms[1].finetune["optimisation"]["steps"] == 4
+
+
+@pytest.mark.parametrize("name", ["study_hippocampus", "study_phantom_ct"])
+def test_shipped_recipes_hold(name):
+    plan = planned(recipes.load(name, verb="study"), name)
+    assert [arm.name for arm in plan.arms] == ["scratch", "official", "paper", "no_restoration", "no_comparison", "skips"]
+    labels = {"a": 1} if plan.arms[0].finetune["labels"] is None else plan.arms[0].finetune["labels"]
+    table = CaseTable((), labels, ("image",))
+    assert faults_of(plan, table, [(1.0, 1.0, 1.0)]) == []
+    steps = {arm.finetune["optimisation"]["steps"] for arm in plan.arms}
+    assert len(steps) == 1
+
+
+@pytest.mark.slow
+def test_a_quick_study_of_phantoms(tmp_path):
+    assert run_verb("phantom", {"out": tmp_path / "data", "cases": 8, "organs": True, "size": 40, "seed": 0}) == 0
+    narrow = ("finetune.net.width=4", "pretrain.net.width=4", "finetune.inference.overlap=0.0")
+    given = {"recipe": "study_phantom_ct", "data": tmp_path / "data", "out": tmp_path / "out", "quick": True, "overrides": narrow}
+    assert run_verb("study", given) == 0
+    rows = read_csv(tmp_path / "out" / "results.csv")
+    assert {row["arm"] for row in rows} == {"scratch", "official"} and {row["labels"] for row in rows} == {"2", "5"}
+    assert {row["label"] for row in rows} == {"liver", "lesion", "kidney", "gallbladder"}
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def _table(root):
-    from volssl.datasets import CaseTable, open_dataset
-
     return open_dataset(root) if root is not None else CaseTable((), {"bright": 1}, ("CT",))
 
 

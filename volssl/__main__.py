@@ -33,6 +33,7 @@ VERBS = {
     "evaluate": "volssl.evaluate:run",
     "study": "volssl.study:run",
     "report": "volssl.report:run",
+    "phantom": "volssl.phantom:run",
     "demo": "volssl.demo:run",
 }
 
@@ -296,6 +297,17 @@ _command(
         "runs": (argument(list[Path], "RUN|STUDY"), ASKED),
         "out": (option(Path, "HTML file to write."), ASKED),
         "overwrite": ENDINGS["overwrite"],
+    },
+)
+_command(
+    "phantom",
+    "Make labelled synthetic CT scans, for studies and trials.",
+    {
+        "out": (Out, ASKED),
+        "cases": (option(int, "How many patients, one scan each.", min=1), ASKED),
+        "organs": (option(bool, "Label kidneys and gallbladder besides liver and lesions.", "--organs"), False),
+        "size": (option(int, "Rows and columns of a slice.", min=8), 96),
+        "seed": (option(int, "Seed of the patients.", min=0), 0),
     },
 )
 _command(

@@ -250,14 +250,14 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     tuning = values.get("tuning") or {}
     values["tuning"] = tuning | {"lr": list(tuning.get("lr", Tuning().lr))[:2], "seeds": 1, "at": []}
     if (values.get("split") or {}).get("file") is None:
-        values["split"] = (values.get("split") or {}) | {"pretrain": max([*labels, 2]), "validation": 2, "test": 3}
-    few = {"optimisation": {"steps": 6}, "saving": {"log_every": 1}}
+        values["split"] = (values.get("split") or {}) | {"pretrain": max([*labels, 2]), "validation": 1, "test": 2}
+    few = {"optimisation": {"steps": 4}, "saving": {"log_every": 1}}
     values["finetune"] = recipes.laid_over(values.get("finetune") or {}, few)
     return values
 
 
 def _brief(arm: dict[str, Any]) -> dict[str, Any]:
-    few = {"training": {"steps": 4}, "saving": {"health_every": 0, "probe_every": 0, "log_every": 1}}
+    few = {"training": {"steps": 3}, "saving": {"health_every": 0, "probe_every": 0, "log_every": 1}}
     return arm | ({"pretrain": recipes.laid_over(arm["pretrain"], few)} if isinstance(arm.get("pretrain"), dict) else {})
 
 

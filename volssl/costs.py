@@ -26,7 +26,7 @@ from volssl.rounds import Study, count_left
 from volssl.starting import plan_of
 from volssl.store import Store
 
-TIMED_STEPS = 6
+TIMED_STEPS = 5
 FLOAT_BYTES = 4
 RUNNING = 5  # a running fine-tuning holds weights, their mean and the optimiser's two; and the model it leaves
 PRETRAINING = 8  # weights and the optimiser's two, in two checkpoints and one being written, and the bundle

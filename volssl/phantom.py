@@ -15,8 +15,8 @@ from volssl.anatomy import draw_patient
 from volssl.archive import write_nifti
 from volssl.dicom_write import uid, write_dicom_series
 from volssl.draws import generator
-from volssl.files import BadInput, claim_out, write_json
-from volssl.torso import paint
+from volssl.files import BadInput, Outcome, claim_out, track, write_json
+from volssl.torso import ORGANS, paint
 from volssl.volume import Grid
 
 LABELS = {"background": 0, "liver": 1, "lesion": 2}
@@ -35,9 +35,9 @@ class Series:
     position: str = "HFS"
 
 
-def scan(seed: int, patient: int, number: int, series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Scan a patient: Hounsfield units as int16 and the label map as uint8, both XYZ on the grid of `series`."""
-    hu, labels = paint(draw_patient(seed, patient), series.grid)
+def scan(seed: int, patient: int, number: int, series: Series, *, organs: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Scan a patient: Hounsfield units as int16 and the label map as uint8, both XYZ on the grid of `series`; organs: see `paint`."""
+    hu, labels = paint(draw_patient(seed, patient), series.grid, organs=organs)
     rng = generator(seed, "noise", patient, number)
     # A scanner blurs by about half a voxel; reconstruction leaves its noise correlated within the slice.
     hu = ndimage.gaussian_filter(hu, (0.5, 0.5, 0.35))
@@ -63,28 +63,38 @@ def write_archive(out: Path, *, patients: int, seed: int = 0, size_vox: int = 12
     return out
 
 
-def write_labelled(out: Path, *, cases: int, seed: int = 0, layout: str = "msd", size_vox: int = 128, tests: int = 0) -> Path:
+def run(out: Path, *, cases: int, organs: bool = False, size: int = 96, seed: int = 0) -> Outcome:
+    """Verb phantom: a labelled folder of synthetic CT, as `write_labelled` lays it out; size: rows and columns of a slice."""
+    write_labelled(Path(out), cases=cases, seed=seed, size_vox=size, organs=organs)
+    return Outcome(Path(out), message=f"{cases} synthetic scans with labels")
+
+
+def write_labelled(
+    out: Path, *, cases: int, seed: int = 0, layout: str = "msd", size_vox: int = 128, tests: int = 0, organs: bool = False
+) -> Path:
     """Write labelled CT scans in the layout "msd" (Medical Segmentation Decathlon) or "nnunet" (version 2).
 
     Args: out: new folder. cases: labelled patients, one scan each. tests: further patients, scans in imagesTs and
-        their labels in labelsTs.
+        their labels in labelsTs. organs: label kidneys and gallbladder too.
     """
     _check(cases, "cases")
+    _check(size_vox, "size")
+    labelled = LABELS | (ORGANS if organs else {})
     if layout not in ("msd", "nnunet"):
         raise BadInput(f'phantom: layout must be "msd" or "nnunet"; found {layout!r}')
     claim_out(out)
     names: dict[str, list[str]] = {"Tr": [], "Ts": []}
-    for index in range(cases + tests):
+    for index in track(range(cases + tests), total=cases + tests, label="phantoms"):
         part = "Tr" if index < cases else "Ts"
         patient = FIRST_LABELLED + index
         series = _series_of(seed, patient, size_vox)[0]
-        hu, labels = scan(seed, patient, 0, series)
+        hu, labels = scan(seed, patient, 0, series, organs=organs)
         name = f"phantom_{index + 1:03d}"
         image = f"{name}_0000.nii.gz" if layout == "nnunet" else f"{name}.nii.gz"
         write_nifti(out / f"images{part}" / image, hu, series.grid, np.int16)
         write_nifti(out / f"labels{part}" / f"{name}.nii.gz", labels, series.grid, np.uint8)
         names[part].append(name)
-    write_json(out / "dataset.json", _dataset(layout, names))
+    write_json(out / "dataset.json", _dataset(layout, names, labelled))
     return out
 
 
@@ -163,11 +173,11 @@ def _tags(seed: int, patient: int, number: int, series: Series) -> dict[str, str
     }
 
 
-def _dataset(layout: str, names: dict[str, list[str]]) -> dict[str, object]:
+def _dataset(layout: str, names: dict[str, list[str]], labelled: dict[str, int]) -> dict[str, object]:
     if layout == "nnunet":
         return {
             "channel_names": {"0": "CT"},
-            "labels": LABELS,
+            "labels": labelled,
             "numTraining": len(names["Tr"]),
             "file_ending": ".nii.gz",
         }
@@ -176,7 +186,7 @@ def _dataset(layout: str, names: dict[str, list[str]]) -> dict[str, object]:
         "description": "Synthetic torsos made by volssl; no patient",
         "tensorImageSize": "3D",
         "modality": {"0": "CT"},
-        "labels": {str(value): name for name, value in LABELS.items()},
+        "labels": {str(value): name for name, value in labelled.items()},
         "numTraining": len(names["Tr"]),
         "numTest": len(names["Ts"]),
         "training": [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names["Tr"]],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,15 +12,16 @@ from volssl.anatomy import LESION, LIVER, Ellipsoid, Field, Patient, cage_depth,
 from volssl.volume import Grid
 
 AIR_HU, FAT_HU, MUSCLE_HU, LUNG_HU, SPONGY_HU, COMPACT_HU = -1000.0, -104.0, 54.0, -868.0, 190.0, 640.0
+ORGANS = {"kidney": 3, "gallbladder": 4}
 MARGIN_MM = 14.0  # how far the bend of space can carry a structure out of its straight box
 
 Triple = tuple[float, float, float]
 Where = tuple[slice, slice, slice]
 
 
-def paint(patient: Patient, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Hounsfield units (float32, XYZ) and the label map (uint8, XYZ: 1 liver, 2 lesion) of `patient` on `grid`."""
-    canvas = Canvas(patient, grid)
+def paint(patient: Patient, grid: Grid, *, organs: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Hounsfield units (float32, XYZ) and the label map (uint8, XYZ: 1 liver, 2 lesion, and with `organs` those of ORGANS) on `grid`."""
+    canvas = Canvas(patient, grid, ORGANS if organs else {})
     _paint_shell(canvas)
     _paint_lungs(canvas)
     _paint_abdomen(canvas)
@@ -34,8 +35,9 @@ def paint(patient: Patient, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 class Canvas:
     """The voxels of one grid: their canonical coordinates, and what has been painted on them so far."""
 
-    def __init__(self, patient: Patient, grid: Grid) -> None:
+    def __init__(self, patient: Patient, grid: Grid, marks: Mapping[str, int]) -> None:
         self.patient = patient
+        self.marks = marks
         self.grid = grid
         self.scale = np.array(patient.scale)
         self.straight = np.diag([*(1 / self.scale), 1.0]) @ _moved(patient.shift_mm) @ grid.affine
@@ -97,14 +99,16 @@ class Canvas:
         """The canonical coordinates of a box of voxels."""
         return self.x[where], self.y[where], self.z[where]
 
-    def ball(self, shape: Ellipsoid, hu: float | Field, *, only: Callable[[Where], Field] | None = None) -> None:
-        """Fill an ellipsoid, restricted to where `only` of its box is true."""
+    def ball(self, shape: Ellipsoid, hu: float | Field, *, only: Callable[[Where], Field] | None = None, mark: str = "") -> None:
+        """Fill an ellipsoid, restricted to where `only` of its box is true, and mark it in the label map if that is asked for."""
         reach = np.array([max(shape.radii[0], shape.radii[2]), shape.radii[1], max(shape.radii[0], shape.radii[2])])
         where = self.box(np.array(shape.centre) - reach, np.array(shape.centre) + reach)
         inside = shape.level(*self.at(where)) < 1
         if only is not None:
             inside &= only(where)
         self.hu[where][inside] = hu[where][inside] if isinstance(hu, np.ndarray) else hu
+        if mark in self.marks:
+            self.labels[where][inside] = self.marks[mark]
 
     def tube(self, path: Sequence[Triple], radius: float, hu: float, *, only: Callable[[Where], Field] | None = None) -> None:
         """Fill the tube of `radius` mm around a chain of points, restricted to where `only` of each box is true."""
@@ -230,7 +234,7 @@ def _paint_abdomen(canvas: Canvas) -> None:
     canvas.ball(inner, 18 + 7 * canvas.fine, only=only)
     canvas.ball(inner, -960.0, only=lambda where: under[where] & (canvas.y[where] > inner.centre[1] + 12))
     canvas.ball(organs["pancreas"], (hu["medulla"] + 8) + 12 * canvas.fine, only=only)
-    canvas.ball(organs["gallbladder"], 8.0, only=only)
+    canvas.ball(organs["gallbladder"], 8.0, only=only, mark="gallbladder")
     for side, name in ((1, "kidney_right"), (-1, "kidney_left")):
         _paint_kidney(canvas, organs[name], side)
     for sign in (1, -1):  # psoas and the crura of the diaphragm
@@ -244,7 +248,7 @@ def _paint_kidney(canvas: Canvas, kidney: Ellipsoid, side: int) -> None:
     x, y, z = kidney.centre
     a, b, c = kidney.radii
     hu = canvas.patient.hu
-    canvas.ball(kidney, hu["cortex"])
+    canvas.ball(kidney, hu["cortex"], mark="kidney")
     medulla = Ellipsoid((x - side * 3, y, z), (0.68 * a, 0.68 * b, 0.76 * c), kidney.turn_deg)
     canvas.ball(medulla, hu["medulla"] + 5 * canvas.fine)
     sinus = Ellipsoid((x - side * 0.62 * a, y + 0.2 * b, z), (0.62 * a, 0.42 * b, 0.42 * c), kidney.turn_deg)
@@ -270,7 +274,7 @@ def _paint_liver(canvas: Canvas) -> None:
     for lesion in lesions:
         canvas.ball(lesion, hu["lesion"] + 4 * canvas.fine, only=only)
         box = canvas.box(np.array(lesion.centre) - 40, np.array(lesion.centre) + 40)
-        struck = (lesion.level(*canvas.at(box)) < 1) & (canvas.labels[box] > 0)
+        struck = (lesion.level(*canvas.at(box)) < 1) & np.isin(canvas.labels[box], (LIVER, LESION))
         canvas.labels[box][struck] = LESION
 
 

@@ -415,10 +415,12 @@ def test_4d_nifti_is_split(series):
 
 
 def test_packed_archives_are_refused_by_name(series):
-    shutil.make_archive(str(series / "scans"), "zip", series)
+    kinds = "zip", "tar", "gztar", "bztar", "xztar"
+    for kind in kinds:
+        shutil.make_archive(str(series / f"scans_{kind}"), kind, series, "IM00001.dcm")
     rows, _, failures = examined(series)
     assert [row.verdict for row in rows] == ["accept"]
-    assert failures == ["packed_archive"]
+    assert failures == ["packed_archive"] * len(kinds)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from volssl.volume import Grid, Volume
 
 IMAGES = NIFTI + META + NRRD
 COMPANIONS = (".raw", ".zraw", ".raw.gz", ".img", ".img.gz")  # pixels of a header file that is found by itself
-ZIPPED = (".zip", ".tar", ".tgz", ".7z", ".rar")
+ZIPPED = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".dcm.gz", ".7z", ".rar")
 UNSUPPORTED = (".mgz", ".mgh", ".mnc", ".par", ".rec", ".brik", ".head", ".dcm", ".ima", ".nii.bz2", ".nii.zst", *ZIPPED)
 IGNORED = {"companion", "not_an_image"}
 SHEAR = 1e-3  # largest |cosine| between two array axes: a sheared grid is no box of voxels

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from labelled import LABELS, write_msd
 
 from volssl.archive import write_nifti
@@ -65,6 +67,17 @@ def test_labelled_shares_are_nested_and_by_patient():
     assert [len(d) for d in drawn] == [2, 4, 20, 40]
     assert all(small <= large for small, large in itertools.pairwise(drawn))
     assert {case.case_id for case in labelled_share(cases, 2, 0)} == drawn[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 3), st.lists(st.one_of(st.floats(0.001, 1.0), st.integers(1, 60)), min_size=2, max_size=4))
+def test_any_two_draws_are_nested_and_at_least_one_patient(patients, seed, wanted):
+    cases = table_of({f"c{i}": f"p{i // 2}" for i in range(2 * patients)}).cases
+    drawn = [{c.case_id for c in labelled_share(cases, w, seed)} for w in wanted if not isinstance(w, int) or w <= patients]
+    assert all(2 <= len(d) <= 2 * patients and len(d) % 2 == 0 for d in drawn)
+    assert all(one <= other or other <= one for one, other in itertools.combinations(drawn, 2))
+    assert len(labelled_share(cases, 1, seed)) == 2  # a count
+    assert len(labelled_share(cases, 1.0, seed)) == 2 * patients  # a share
 
 
 @pytest.mark.parametrize("labels", [0.0, 1.5, 0, 21])

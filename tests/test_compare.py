@@ -68,7 +68,9 @@ def test_labels_for_an_equal_score_by_hand():
     assert equal_labels(0.7, counts, curve) == pytest.approx(16)
     assert equal_labels(0.1, counts, curve) == 2
     assert equal_labels(0.81, counts, curve) == math.inf
-    assert equal_labels(0.55, counts, (0.6, 0.5, 0.8)) == 2  # a dip takes nothing back
+    # A dip takes nothing back: from 32 to 128 the best so far rises from 0.6, and at the end of a dip 0.6 was reached.
+    assert equal_labels(0.7, (2, 8, 32, 128), (0.2, 0.6, 0.5, 0.8)) == pytest.approx(64)
+    assert equal_labels(0.6, counts, (0.2, 0.6, 0.5)) == 8
 
 
 def test_labels_saved_say_what_was_not_reached():

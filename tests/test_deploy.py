@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.export.test_monai import run_bundle
 from tests.labelled import blobs
 from volssl import deploy, export, predict
 from volssl.archive import read_label, write_nifti
@@ -95,3 +96,18 @@ def test_a_changed_graph_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(BadInput, match="found nothing there"):
         deploy.read(tmp_path / "onnx")
+
+
+@pytest.mark.slow
+def test_a_monai_bundle_of_regions_gives_the_label_map_on_the_image_s_own_grid(tmp_path):
+    run = run_of(tmp_path / "run", channels=2, regions={"both": (1, 2), "dark": (2,)})
+    message = export.run(run, to="monai", out=tmp_path / "monai").message
+    assert "loaded without volssl" in message
+    volume = image(2)
+    for channel in range(2):
+        write_nifti(tmp_path / "images" / f"scan_{channel:04d}.nii.gz", volume.array_CXYZ[channel], volume.grid, np.int16)
+    run_bundle(tmp_path / "monai", tmp_path / "images", tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("*.nii.gz")
+    found, mine = read_label(path), read_model(run).label_map(volume)
+    assert found.grid.almost_equal(volume.grid) and len(np.unique(mine)) > 1
+    assert (found.array_CXYZ[0] == mine).mean() > 0.999  # shares within rounding of a half may fall to either side

@@ -239,11 +239,11 @@ _command(
     "Hand the network of a run to other tools.",
     {
         "source": (argument(Path, "RUN_OR_BUNDLE"), ASKED),
-        "to": (option(str, "Format: bundle, nnunet or onnx; of a finetune run onnx."), ASKED),
+        "to": (option(str, "Format: bundle, nnunet, monai or onnx; of a finetune run monai or onnx."), ASKED),
         "out": (Out, ASKED),
         "plans": (option(Path | None, "nnunet: nnUNetPlans.json of the data set to fine-tune on."), None),
         "channels": (option(int | None, "nnunet: input channels of the network there.", min=1), None),
-        "patch": (option(Any, "onnx: sides of the patch in voxels.", parser=three_sides, metavar="X,Y,Z"), None),
+        "patch": (option(Any, "monai, onnx: sides of the patch in voxels.", parser=three_sides, metavar="X,Y,Z"), None),
         "overwrite": ENDINGS["overwrite"],
     },
 )

@@ -1,4 +1,4 @@
-"""A fine-tuned network for other tools: as an ONNX graph, and that graph as a model again, which predicts by ONNX Runtime.
+"""A fine-tuned network for other tools: as a MONAI bundle or an ONNX graph, and that graph as a model again, run by ONNX Runtime.
 
 The formats themselves are on the shelf `export/`; what is here knows the plan of a fine-tuned network.
 """
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from volssl.components import Cleaning
 from volssl.export import Options, Writer
+from volssl.export import monai as bundles
 from volssl.export import onnx as graphs
 from volssl.files import BadInput, read_json, sha256, write_json, write_text
+from volssl.nets.standalone import SegmentationNetwork
 from volssl.recipe import arguments
 from volssl.segment import Model, Plan, Preparation, read_model
 
@@ -49,6 +52,68 @@ def onnx(source: Path, options: Options) -> Writer:
         return f"segmentation.onnx, patches of {sides}; ONNX Runtime differs from torch by at most {difference:.1e}"
 
     return write
+
+
+def monai(source: Path, options: Options) -> Writer:
+    """Check that a finetune run can become a MONAI bundle. Raises: BadInput: no sound model, sides that do not fit."""
+    options.refuse("monai", "patch")
+    model = read_model(source)
+    plan, net = model.plan, model.net
+    patch_vox, preparation = options.patch or plan.patch_vox, plan.preparation
+    bundles.check_patch(patch_vox, net.net.stride, plan.architecture["arguments"].get("norm", "batch"))
+    settings = {"out_channels": plan.outputs, "deep_supervision": plan.deep_supervision, "zscore": preparation.patches == "zscore"}
+    network = SegmentationNetwork(**plan.architecture, **settings)
+    network.net.load_state_dict(net.state_dict(), strict=True)
+    how = {"how": preparation.normalisation, "window": list(preparation.window), "nonzero": preparation.nonzero}
+    modality = "CT" if preparation.normalisation == "window" else "MR"
+    pred = {
+        "type": "image",
+        "format": "segmentation",
+        "num_channels": plan.outputs,
+        "spatial_shape": list(patch_vox),
+        "is_patch_data": True,
+    }
+    contents = bundles.Contents(
+        network=network,
+        definition={"_target_": "scripts.standalone.SegmentationNetwork", **plan.architecture, **settings},
+        inference=bundles.preparing(how, preparation.spacing_mm)
+        | bundles.windows(patch_vox, overlap=plan.inference.overlap, batch=plan.inference.batch)
+        | _finishing(plan),
+        task=f"Segmentation of {', '.join(plan.targets)}",
+        description=f"Logits: {_meaning(plan)}. The run gives label maps on each image's own grid.",
+        image=bundles.image_format(modality, plan.channels, patch_vox),
+        pred=pred | {"dtype": "float32", "value_range": [], "channel_def": _channel_def(plan)},
+        about={"volssl_plan": asdict(plan)},
+        text=_left_out(plan),
+    )
+    return lambda out: bundles.write(out, contents, patch_vox)
+
+
+def _finishing(plan: Plan) -> dict[str, Any]:
+    """Shares, their way back to the image's grid and the label map, as keys of inference.json."""
+    averaged = {"_target_": "scripts.standalone.Shares", "regions": bool(plan.regions), "flips": list(plan.inference.flips)}
+    back = {"_target_": "Invertd", "keys": "pred", "transform": "@turn", "orig_keys": "image", "nearest_interp": False, "to_tensor": True}
+    decided = {"_target_": "scripts.standalone.Decide", "values": plan.values, "regions": {k: list(v) for k, v in plan.regions.items()}}
+    saved = {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "", "separate_folder": False}
+    steps = [back, {"_target_": "Lambdad", "keys": "pred", "func": decided}, saved | {"output_dtype": "uint8", "resample": False}]
+    return {
+        "channels": len(plan.channels),
+        "shares": averaged | {"network": "@network"},
+        "finish": {"_target_": "Compose", "transforms": steps},
+        "run": ["$standalone.run(@items, @prepare, @shares, @inferer, @finish, key='pred')"],
+    }
+
+
+def _channel_def(plan: Plan) -> dict[str, str]:
+    names = list(plan.regions) or ["background", *sorted(plan.labels, key=plan.labels.__getitem__)]
+    return {str(number): name for number, name in enumerate(names)}
+
+
+def _left_out(plan: Plan) -> str:
+    told = "What differs from `volssl predict`: MONAI's own resampling"
+    if plan.cleaning != Cleaning():
+        told += "; and the finished map is not cleaned (`volssl_plan` in configs/metadata.json says by which rules volssl does it)"
+    return told + ".\n"
 
 
 def _meaning(plan: Plan) -> str:

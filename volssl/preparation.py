@@ -10,10 +10,9 @@ from torch import Tensor
 
 from volssl.augment.intensity import zscore
 from volssl.files import BadInput
+from volssl.normalise import Normalisation, normalise
 from volssl.resample import resample
 from volssl.volume import Grid, Volume
-
-PERCENTILES = (0.5, 99.5)  # robust lowest and highest value, as nnU-Net clips
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Preparation:
     """
 
     spacing_mm: tuple[float, float, float] | None = None
-    normalisation: Literal["window", "percentile", "zscore"] = "window"
+    normalisation: Normalisation = "window"
     window: tuple[float, float] = (-1000.0, 1000.0)
     nonzero: bool = False
     patches: Literal["none", "zscore"] = "none"
@@ -52,7 +51,7 @@ class Preparation:
         array_CXYZ = np.empty(moved.array_CXYZ.shape, np.float32)
         for target_XYZ, channel_XYZ in zip(array_CXYZ, moved.array_CXYZ, strict=True):
             target_XYZ[...] = channel_XYZ
-            self._normalise(target_XYZ)
+            normalise(target_XYZ, self.normalisation, window=self.window, nonzero=self.nonzero)
         return Volume(array_CXYZ, moved.grid)
 
     def label(self, volume: Volume) -> Volume:
@@ -63,30 +62,6 @@ class Preparation:
     def _onto(self, turned: Volume, *, order: Literal["linear", "nearest"], fill: float) -> Volume:
         grid = self.grid(turned.grid)
         return turned if grid.almost_equal(turned.grid) else resample(turned, grid, order=order, fill=fill)
-
-    def _normalise(self, channel_XYZ: np.ndarray) -> None:
-        # In place: an image is the largest thing there is.
-        if self.normalisation == "window":
-            low, high = self.window
-            channel_XYZ -= low
-            channel_XYZ /= high - low
-            np.clip(channel_XYZ, 0, 1, out=channel_XYZ)
-            return
-        counted = channel_XYZ[channel_XYZ != 0] if self.nonzero else channel_XYZ.ravel()
-        if counted.size == 0:
-            return
-        low, high = (float(value) for value in np.percentile(counted, PERCENTILES))
-        counted = counted.clip(low, high)
-        outside = channel_XYZ == 0 if self.nonzero else None
-        np.clip(channel_XYZ, low, high, out=channel_XYZ)
-        if self.normalisation == "percentile":
-            channel_XYZ -= low
-            channel_XYZ /= max(high - low, 1e-6)
-        else:
-            channel_XYZ -= float(counted.mean(dtype=np.float64))
-            channel_XYZ /= max(float(counted.std(dtype=np.float64)), 1e-6)
-        if outside is not None:
-            channel_XYZ[outside] = 0
 
     def patch(self, x_BCXYZ: Tensor) -> Tensor:
         """What happens to a patch right before the network."""

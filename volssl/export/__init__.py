@@ -13,8 +13,8 @@ from volssl.files import BadInput, Outcome, check_out, claim_out, write_json
 
 # Format -> its function `(source, options) -> write`: it checks all that can be wrong with a run or bundle; `write(folder)` then fills an
 # empty folder and gives a line on what it wrote.
-FORMATS = {"bundle": "volssl.export.bundle:export", "nnunet": "volssl.export.nnunet:export", "onnx": "volssl.export.onnx:export"}
-TRAINED = {"onnx": "volssl.deploy:onnx"}  # the same for a finetune run, whose network segments
+FORMATS = {to: f"volssl.export.{to}:export" for to in ("bundle", "nnunet", "monai", "onnx")}
+TRAINED = {to: f"volssl.deploy:{to}" for to in ("monai", "onnx")}  # the same for a finetune run, whose network segments
 Writer = Callable[[Path], str]
 
 

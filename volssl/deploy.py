@@ -100,7 +100,7 @@ def _finishing(plan: Plan) -> dict[str, Any]:
         "channels": len(plan.channels),
         "shares": averaged | {"network": "@network"},
         "finish": {"_target_": "Compose", "transforms": steps},
-        "run": ["$standalone.run(@items, @prepare, @shares, @inferer, @finish, key='pred')"],
+        "run": ["$standalone.run(@items, @shares, prepare=@prepare, inferer=@inferer, finish=@finish, key='pred')"],
     }
 
 

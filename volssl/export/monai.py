@@ -86,7 +86,7 @@ def export(source: Path, options: Options) -> Writer:
         | {
             "channels": channels,
             "finish": "$standalone.save_features(@output_dir)",
-            "run": ["$standalone.run(@items, @prepare, @network, @inferer, @finish, key='features')"],
+            "run": ["$standalone.run(@items, @network, prepare=@prepare, inferer=@inferer, finish=@finish, key='features')"],
         },
         task=f"Encoder pretrained without labels by {card['method']}",
         description="Feature maps of 3D patches, to fine-tune from or to describe volumes with; `network.encoder(x)` gives all of them.",
@@ -174,9 +174,7 @@ def copied() -> dict[str, str]:
         ENTRY,
         *(f"volssl.nets.{path.stem}" for path in sorted((package / "nets").glob("*.py")) if "RECIPE_NAME" in path.read_text()),
     ]
-    made = {
-        "__init__": '"""The network of this bundle and what stands around it; copied from volssl."""\n\nfrom . import standalone as standalone\n'
-    }
+    made = {"__init__": '"""The network of this bundle and what stands around it."""\n\nfrom . import standalone as standalone\n'}
     while waiting:
         module = waiting.pop()
         name = module.rpartition(".")[2]

@@ -140,7 +140,7 @@ def weighted(network: nn.Module, path: str) -> nn.Module:
 
 @torch.no_grad()
 def run(
-    items: Sequence[Mapping[str, Any]], prepare: Any, network: nn.Module, inferer: Any, finish: Any, *, key: Literal["pred", "features"]
+    items: Sequence[Mapping[str, Any]], network: nn.Module, *, prepare: Any, inferer: Any, finish: Any, key: Literal["pred", "features"]
 ) -> int:
     """Take each image through preparation, sliding window and what follows; gives how many there were.
 

@@ -98,7 +98,7 @@ class Normalise:
 
     def __call__(self, x_CXYZ: Tensor) -> Tensor:
         """A normalised copy that keeps what MONAI notes beside the voxels."""
-        array_CXYZ = np.array(x_CXYZ.cpu(), dtype=np.float32, copy=True)
+        array_CXYZ = x_CXYZ.cpu().numpy().astype(np.float32)
         for channel_XYZ in array_CXYZ:
             normalise(channel_XYZ, self.how, window=self.window, nonzero=self.nonzero)
         made = x_CXYZ.clone().float()

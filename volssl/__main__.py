@@ -242,7 +242,7 @@ _command(
         "to": (option(str, "Format: bundle, nnunet, monai or onnx; of a finetune run monai or onnx."), ASKED),
         "out": (Out, ASKED),
         "plans": (option(Path | None, "nnunet: nnUNetPlans.json of the data set to fine-tune on."), None),
-        "channels": (option(int | None, "nnunet: input channels of the network there.", min=1), None),
+        "channels": (option(int | None, "Of an encoder: input channels of the network there, if others than its own.", min=1), None),
         "patch": (option(Any, "monai, onnx: sides of the patch in voxels.", parser=three_sides, metavar="X,Y,Z"), None),
         "overwrite": ENDINGS["overwrite"],
     },

@@ -60,6 +60,40 @@ def test_an_encoder_runs_in_monai_without_volssl_as_it_does_here(tmp_path):
     assert not re.search(str(tmp_path), "".join(path.read_text() for path in out.rglob("*.json")))
 
 
+FINETUNE = """
+import sys
+sys.modules["volssl"] = None
+sys.path.insert(0, ".")
+import torch
+from monai.bundle import ConfigParser
+from monai.losses import DiceCELoss
+parser = ConfigParser()
+parser.read_config("configs/inference.json")
+network = parser.get_parsed_content("network")
+code = open("docs/README.md").read().split("```python")[2].split("```")[0]
+exec(code)
+x = torch.randn(2, 4, 16, 16, 16)
+before = [value.clone() for value in whole.net.net.encoder.parameters()]
+torch.testing.assert_close(whole.eval().net.net.encoder(x)[-1], network.encoder(x)[-1])
+whole.train()
+DiceCELoss(softmax=True, to_onehot_y=True)(whole(x), torch.randint(3, (2, 1, 16, 16, 16))).backward()
+torch.optim.SGD(whole.parameters(), 0.1).step()
+assert any(not torch.equal(a, b) for a, b in zip(before, whole.net.net.encoder.parameters()))
+"""
+
+
+@pytest.mark.slow
+def test_four_channels_are_fine_tuned_in_monai_from_an_encoder_of_one(tmp_path):
+    source = written(tmp_path / "bundle")
+    export.run(source, to="monai", out=tmp_path / "out", options=Options(channels=4))
+    done = subprocess.run([sys.executable, "-B", "-c", FINETUNE], cwd=tmp_path / "out", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = torch.load(tmp_path / "out" / "models" / "model.pt", weights_only=True)
+    one, _ = load_encoder(source)
+    first = next(name for name, tensor in one.state_dict().items() if tensor.ndim == 5)
+    torch.testing.assert_close(state[f"encoder.{first}"], one.state_dict()[first].repeat(1, 4, 1, 1, 1) / 4)
+
+
 def test_what_it_carries_asks_for_nothing_of_volssl():
     modules = bundles.copied()
     assert {"standalone", "unet", "resenc", "folded", "swinunetr", "blocks", "composed", "normalise", "targets"} <= modules.keys()

@@ -56,6 +56,16 @@ def test_the_graph_says_nothing_of_the_machine_that_wrote_it(tmp_path):
     onnx.checker.check_model(onnx.load_from_string(packed), full_check=True)
 
 
+def test_four_equal_channels_give_what_one_gave(tmp_path):
+    source = written(tmp_path / "bundle", "unet")
+    export.run(source, to="onnx", out=tmp_path / "out", options=Options(channels=4))
+    x = torch.randn(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        wanted = load_encoder(source)[0](x)[-1]
+    found = onnxruntime.InferenceSession(tmp_path / "out" / "encoder.onnx").run(None, {"image": x.repeat(1, 4, 1, 1, 1).numpy()})
+    np.testing.assert_allclose(found[-1], wanted.numpy(), atol=1e-4)
+
+
 def test_a_graph_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
     monkeypatch.setattr(graphs, "LARGEST_DIFFERENCE", 0.0)
     monkeypatch.setattr(graphs, "LARGEST_SHARE", 0.0)
@@ -69,8 +79,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(tmp_path):
     source = written(tmp_path / "bundle", "unet")
     with pytest.raises(BadInput, match="--patch: .*multiple"):
         export.run(source, to="onnx", out=tmp_path / "out", options=Options(patch=(18, 16, 16)))
-    with pytest.raises(BadInput, match="--channels: is not for --to onnx"):
-        export.run(source, to="onnx", out=tmp_path / "out", options=Options(channels=4))
+    with pytest.raises(BadInput, match="--plans: is not for --to onnx"):
+        export.run(source, to="onnx", out=tmp_path / "out", options=Options(plans=tmp_path / "x"))
     silent = json.loads((source / "card.json").read_text()) | {"patch_vox": None}
     (source / "card.json").write_text(json.dumps(silent))
     with pytest.raises(BadInput, match="--patch X,Y,Z: must be given"):

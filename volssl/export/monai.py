@@ -62,8 +62,8 @@ class Contents:
 
 def export(source: Path, options: Options) -> Writer:
     """Check that a bundle's encoder can become a MONAI bundle. Raises: BadInput: no patch size, or sides that do not fit."""
-    options.refuse("monai", "patch")
-    loaded, card = load_encoder(source)
+    options.refuse("monai", "patch", "channels")
+    loaded, card = load_encoder(source, in_channels=options.channels)
     encoder: Any = loaded
     patch_vox = options.patch or (tuple(card["patch_vox"]) if card.get("patch_vox") else None)
     if patch_vox is None:
@@ -71,8 +71,9 @@ def export(source: Path, options: Options) -> Writer:
             "--patch X,Y,Z: must be given, since the bundle's card does not say what it was trained on; such as --patch 64,64,64"
         )
     check_patch(patch_vox, encoder.strides[-1], card["architecture"]["arguments"].get("norm", "batch"))
-    intensity, channels = card["intensity"], card["in_channels"]
-    definition = {**card["architecture"], "zscore": intensity["normalisation"] == "zscore"}
+    intensity, channels = card["intensity"], options.channels or card["in_channels"]
+    built = card["architecture"]["arguments"] | {"in_channels": channels}
+    definition = {"name": card["architecture"]["name"], "arguments": built, "zscore": intensity["normalisation"] == "zscore"}
     network = EncoderNetwork(**definition)
     network.encoder.load_state_dict(encoder.state_dict(), strict=True)
     how = {"how": "window", "window": list(intensity["window"])} if intensity["modality"] == "CT" else {"how": "percentile"}
@@ -93,7 +94,7 @@ def export(source: Path, options: Options) -> Writer:
         image=image,
         pred=pred | {"dtype": "float32", "value_range": []},
         about={"volssl_card": card, "references": list(card["citations"])},
-        text=f"Cite: {'; '.join(card['citations'])}\n\n{card['licence']}\n",
+        text=_finetuning(definition) + f"Cite: {'; '.join(card['citations'])}\n\n{card['licence']}\n",
     )
     return lambda out: write(out, contents, patch_vox)
 
@@ -251,6 +252,19 @@ network = parser.get_parsed_content("network")  # an nn.Module with the weights;
 ```
 
 {contents.text}"""
+
+
+def _finetuning(definition: Mapping[str, Any]) -> str:
+    return f"""To fine-tune, give the encoder to a network that segments, here into 3 classes with background:
+
+```python
+from scripts.standalone import SegmentationNetwork
+
+whole = SegmentationNetwork({definition["name"]!r}, {definition["arguments"]!r}, out_channels=3, zscore={definition["zscore"]})
+whole.net.net.encoder.load_state_dict(network.encoder.state_dict())
+```
+
+"""
 
 
 def licence() -> str:

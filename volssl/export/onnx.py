@@ -32,9 +32,9 @@ LARGEST_BYTES = 2**31 - 2**20  # of one file: what protocol buffers hold
 
 def export(source: Path, options: Options) -> Writer:
     """Check that a bundle's encoder can become `encoder.onnx`. Raises: BadInput: no patch size, sides that do not fit, no onnx."""
-    options.refuse("onnx", "patch")
+    options.refuse("onnx", "patch", "channels")
     libraries()
-    loaded, card = load_encoder(source)
+    loaded, card = load_encoder(source, in_channels=options.channels)
     encoder: Any = loaded
     patch_vox = options.patch or (tuple(card["patch_vox"]) if card.get("patch_vox") else None)
     if patch_vox is None:
@@ -42,7 +42,7 @@ def export(source: Path, options: Options) -> Writer:
             "--patch X,Y,Z: must be given, since the bundle's card does not say what it was trained on; such as --patch 64,64,64"
         )
     check_sides(encoder, patch_vox, norm=card["architecture"]["arguments"].get("norm", "batch"))
-    shape = (1, card["in_channels"], *patch_vox)
+    shape = (1, options.channels or card["in_channels"], *patch_vox)
 
     def write(out: Path) -> str:
         names = [f"features_{level}" for level in range(len(encoder.channels))]

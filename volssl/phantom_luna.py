@@ -53,7 +53,7 @@ def write_luna16(out: Path, *, scans: int = 4, subsets: int = 2, seed: int = 0, 
     for number in range(scans):
         series = uid("volssl", "luna16", seed, number)
         grid, patient = _grid(size_vox), draw_patient(seed, FIRST_CHEST + number)
-        canvas = Canvas(patient, grid)
+        canvas = Canvas(patient, grid, {})
         marks = _marks(seed, number, patient, canvas)
         hu, _ = paint(replace(patient, nodules=tuple(mark.shape for mark in marks)), grid)
         hu += generator(seed, "chest noise", number).normal(0, 20, hu.shape)

@@ -256,6 +256,32 @@ def test_a_reference_that_cannot_be_read_still_leaves_its_case_in_the_mean(folde
     assert {value for (case, _, metric), value in table_of(out).items() if case == "b" and metric == "dice"} == {0.0}
 
 
+@pytest.mark.parametrize("enhancing", [3, 4])
+def test_bare_values_of_brats_are_its_regions_by_what_is_found_on_both_sides(tmp_path, enhancing):
+    predictions, references, out = tmp_path / "p", tmp_path / "r", tmp_path / "out"
+    # The references hold no enhancing tumour at all: only the prediction tells the convention.
+    write_nifti(references / "a.nii.gz", maps(l1=(0, 1), l2=(1, 3)), GRID, np.uint8)
+    write_nifti(predictions / "a.nii.gz", maps(l1=(0, 1), l2=(1, 2), **{f"l{enhancing}": (2, 3)}), GRID, np.uint8)
+    assert run(predictions, references, out=out, recipe="brats").failed == 0
+    found = {region: value for (_, region, metric), value in table_of(out).items() if metric == "dice"}
+    assert found == {"WT": 1, "TC": pytest.approx(2 / 3, abs=1e-6), "ET": 0}
+    write_nifti(references / "b.nii.gz", maps(**{f"l{7 - enhancing}": (0, 1)}), GRID, np.uint8)
+    with pytest.raises(BadInput, match=r"in predictions as in references; found \[1, 2, 3, 4\]"):
+        run(predictions, references, out=out, recipe="brats", overwrite=True)
+
+
+def test_a_runs_folder_names_what_its_recipe_leaves_open(folders):
+    predictions, references, recipe, out = folders
+    recipe.write_text("verb: finetune\nlabels: null\nregions: null\n")
+    (recipe.parent / "model.json").write_text('{"labels": {"liver": 1, "lesion": 2}, "regions": {"whole": [1, 2], "lesion": [2]}}')
+    for given in (recipe, recipe.parent):
+        run(predictions, references, recipe=given, out=out, overwrite=True)
+        assert {label for _, label, _ in table_of(out)} == {"whole", "lesion"}
+    recipe.write_text(RECIPE + "regions: {}\n")  # what the recipe says goes first
+    run(predictions, references, recipe=recipe, out=out, overwrite=True)
+    assert {label for _, label, _ in table_of(out)} == {"liver", "lesion"}
+
+
 # ------------------------------------------------------------------------------------------------ candidates
 
 

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -133,6 +135,28 @@ def test_a_complaint_of_the_stream_arrives_as_it_was_written(workers):
     stream = PatchStream(MemoryStore(SHAPES), PatchPlan((8, 8, 8), 3, workers), source=Source(), steps=2, make=refuse)
     with pytest.raises(BadInput, match=r"^step 0: must be smaller$"):
         next(loader(stream))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
+def test_workers_leave_the_signals_of_a_whole_group_to_the_training_process():
+    before = set(multiprocessing.active_children())
+    stream = PatchStream(MemoryStore(SHAPES), PatchPlan((8, 8, 8), 3, 1), source=Source(), steps=10**6)
+    read = loader(stream)
+    next(read)
+    [worker] = set(multiprocessing.active_children()) - before
+    # Sent by another process, as a scheduler's are: from the parent SIGTERM still ends it.
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+    subprocess.run(["kill", "-USR1", str(worker.pid)], check=True)
+    for _ in range(30):  # more than was read ahead
+        next(read)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+    with pytest.raises(BadInput, match="worker"), deaths_told():
+        for _ in range(10**4):
+            next(read)
 
 
 def test_a_killed_worker_is_one_clear_complaint():

@@ -268,7 +268,7 @@ _command(
     {
         "predictions": (argument(Path, "PREDICTIONS"), ASKED),
         "references": (argument(Path, "REFERENCES"), ASKED),
-        "recipe": (option(str | None, "A recipe of finetune, which names labels, regions and protocol."), None),
+        "recipe": (option(str | None, "A recipe of finetune, or a run's folder: names labels, regions and protocol."), None),
         "protocol": (option(str | None, "dice, brats2023, brats_voxel, lits2017 or luna16; else the recipe's, else dice."), None),
         "out": (Out, ASKED),
         "overwrite": ENDINGS["overwrite"],

@@ -95,7 +95,7 @@ def read_candidates(path: Path, references: References) -> dict[str, Candidates]
 def candidates_of(volume: Volume) -> Candidates:
     """A label map's 26-connected components as candidates: centres, and probability 1, since a label map tells none."""
     at_N3, _ = _parts(volume)
-    return Candidates(at_N3, np.ones(len(at_N3)))
+    return Candidates(at_N3, np.ones(len(at_N3)), told=False)
 
 
 def findings_of(volume: Volume) -> Findings:

@@ -18,7 +18,7 @@ from volssl import recipe as recipes
 from volssl.archive import read_label
 from volssl.candidates import References, candidates_of, is_findings, read_candidates, read_references
 from volssl.datasets import SUFFIXES, stem, whole_numbers
-from volssl.files import BadInput, Outcome, check_out, claim_out, tell, track, write_csv, write_json
+from volssl.files import BadInput, Outcome, check_out, claim_out, read_json, tell, track, write_csv, write_json
 from volssl.froc import Candidates, Findings, Scan
 from volssl.intervals import mean_interval
 from volssl.protocols.dice import Dice
@@ -167,14 +167,15 @@ def run(
 
     For protocol luna16 the references may be a folder with annotations.csv, and the predictions a table of candidates or label maps.
 
-    Args: recipe: of finetune; its `labels` and `regions` name the values, its `evaluation` the protocol. Without labels, every value of the
-        references is a label. protocol: in place of the recipe's; without either `dice`.
+    Args: recipe: of finetune, or a run's folder; its `labels` and `regions` name the values, its `evaluation` the protocol. What they leave
+        null is that of the model beside them; without one every value is a label (`AbstractProtocol.both_sides`). protocol: in place of
+        the recipe's; without either `dice`.
     Returns: failed counts the cases that could not be scored: a missing prediction or reference, another grid, an unknown value.
     Raises: BadInput: a folder without label maps, two without a common name, a recipe that is none of finetune's, an unknown protocol, a
         table with missing columns, scores that are no numbers or unknown scans.
     """
     predictions, references, out = Path(predictions), Path(references), Path(out)
-    values = recipes.load(recipe, verb="finetune") if recipe is not None else {}
+    values = _named(recipe) if recipe is not None else {}
     chosen = _evaluation(values, protocol)
     built = chosen.build()
     check_out(out, overwrite=overwrite, inputs=(predictions, references))
@@ -194,6 +195,14 @@ def run(
     return Outcome(out, failed=len(failures), message=f"{headline(summary)} over {summary['n_cases']} cases, protocol {chosen.protocol}")
 
 
+def _named(recipe: str | Path) -> dict[str, Any]:
+    """A recipe; what it leaves null of labels and regions is that of the model which a finished run left beside it."""
+    path = Path(recipe) / "recipe.yaml" if Path(recipe).is_dir() else Path(recipe)
+    values, model = recipes.load(path, verb="finetune"), path.parent / "model.json"
+    known = read_json(model) if path.is_file() and model.exists() else {}
+    return values | {key: known[key] for key in ("labels", "regions") if values.get(key) is None and key in known}
+
+
 Job = Callable[[], tuple[Judged | None, str]]  # a case's scores, if any, and why it failed, if it did
 
 
@@ -211,7 +220,9 @@ def _pair_jobs(predictions: Path, references: Path, values: Mapping[str, Any], p
             f"{min(predicted)} and {min(expected)}; rename the files"
         )
     labels, regions = _labels_of(values), values.get("regions") or {}
-    targets = protocol.targets(_all_values(list(expected.values())) if labels is None else labels, regions)
+    if labels is None:
+        labels = _all_values([*expected.values(), *(predicted.values() if protocol.both_sides else ())])
+    targets = protocol.targets(labels, regions)
     names = sorted(predicted.keys() | expected.keys())
 
     def job(case: str) -> tuple[Judged | None, str]:
@@ -303,7 +314,9 @@ def label_maps(folder: Path, what: str) -> dict[str, Path]:
 
 
 def _all_values(references: Sequence[Path]) -> dict[str, int]:
-    values = sorted({int(value) for path in references for value in np.unique(read_label(path).array_CXYZ)} - {0})
+    # A file that cannot be read fails its own case, later.
+    read = (volume for path in references if (volume := _readable(path)) is not None)
+    values = sorted({int(value) for volume in read for value in np.unique(volume.array_CXYZ)} - {0})
     if not values:
         raise BadInput("references: must hold at least one label; found only 0; or name the labels in the recipe")
     return {str(value): value for value in values}

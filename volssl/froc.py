@@ -31,11 +31,15 @@ class Findings:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What was marked in a scan: positions (N, 3) in mm and probabilities (N,); classes (N,): 1 nodule, 0 not, where a file tells them."""
+    """What was marked in a scan: positions (N, 3) in mm and probabilities (N,); classes (N,): 1 nodule, 0 not, where a file tells them.
+
+    told: whether the probabilities were told; those of label maps are not, and an area under the ROC curve would mean nothing.
+    """
 
     at_N3: np.ndarray = field(default_factory=_no_points)
     probability: np.ndarray = field(default_factory=lambda: np.zeros(0))
     classes: np.ndarray | None = None
+    told: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ def judge_marks(scan: Scan, *, most: int = MOST) -> Marks:
         false=found.probability[marked & ~hit & ~irrelevant],
         ignored=int((marked & irrelevant).sum()),
         doubles=int(inside_NF[marked][:, findings.counts].sum()) - len(hits),
-        positive=found.probability[nodule & asked],
-        negative=found.probability[~nodule & asked],
+        positive=found.probability[nodule & asked & found.told],
+        negative=found.probability[~nodule & asked & found.told],
     )
 
 

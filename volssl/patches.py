@@ -6,6 +6,10 @@ asks for the next step and gets what it would have got. The workers that read ma
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -186,8 +190,25 @@ def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> It
         prefetch_factor=ahead if workers else None,
         pin_memory=pin,
         persistent_workers=False,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return _told(iter(answers))
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # A scheduler, `timeout` and Ctrl-C signal the whole group: the training process then saves, and needs its workers until it has.
+    del worker
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere nothing tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():  # pyright: ignore[reportOptionalMemberAccess]
+        pass
+    os._exit(0)
 
 
 def _told(answers: Iterator[Any]) -> Iterator[Patches]:

@@ -43,7 +43,11 @@ def test_label_maps_give_dice_and_one_threshold():
     judged = protocol.judge(Pair("a", label_map(2, 16), label_map(3, 9), {"nodule": (1,)}))
     rows = {row.metric: row.value for row in judged.rows}
     assert rows == {"dice": pytest.approx(2 * 27 / 256), "findings": 2, "hits": 1, "false_marks": 1, "ignored_marks": 0}
-    assert protocol.pooled([judged])["nodule"]["sensitivity_1"]["mean"] == 0.5
+    found = protocol.pooled([judged])["nodule"]
+    assert found["sensitivity_1"]["mean"] == 0.5
+    assert "auc" not in found  # a label map tells no probability
+    assert protocol.targets({"1": 1}, {}) == {"nodule": (1,)}  # a bare value is the nodule
+    assert protocol.targets({"lesion": 1}, {}) == {"lesion": (1,)}
 
 
 def test_at_least_one_mark_counts():

@@ -40,6 +40,7 @@ class Brats2023(AbstractProtocol):
     least_mm3: float = 50.0
     worst_mm: float = WORST_MM
     worst: ClassVar[Mapping[str, float]] = {"lesion_dice": 0.0, "lesion_hd95": WORST_MM, "dice": 0.0, "hd95": WORST_MM}
+    both_sides: ClassVar[bool] = True  # predictions and references of two conventions are one complaint
 
     def __post_init__(self) -> None:
         if self.dilation < 0 or self.least_mm3 < 0 or self.worst_mm <= 0:

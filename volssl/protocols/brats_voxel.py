@@ -28,6 +28,7 @@ class BratsVoxel(AbstractProtocol):
 
     worst_mm: float = DIAGONAL_MM
     worst: ClassVar[Mapping[str, float]] = {"dice": 0.0, "hd95": DIAGONAL_MM}
+    both_sides: ClassVar[bool] = True  # predictions and references of two conventions are one complaint
 
     def targets(self, labels: Mapping[str, int], regions: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """The given regions, or WT, TC and ET of the challenge's labels."""
@@ -48,8 +49,8 @@ def brats_regions(labels: Mapping[str, int], regions: Mapping[str, Sequence[int]
     values = set(labels.values())
     if not values <= {1, 2, 3} and not values <= {1, 2, 4}:
         raise BadInput(
-            "labels: regions WT, TC and ET are made of the values 1, 2, 4 (BraTS up to 2022) or 1, 2, 3 (from 2023 on); "
-            f"found {dict(labels)}; name `regions` in the recipe"
+            "labels: regions WT, TC and ET are made of the values 1, 2, 4 (BraTS up to 2022) or 1, 2, 3 (from 2023 on), "
+            f"in predictions as in references; found {sorted(values)}; write them by one convention, or name `regions` in the recipe"
         )
     enhancing = 4 if 4 in values else 3
     return {"WT": (1, 2, enhancing), "TC": (1, enhancing), "ET": (enhancing,)}

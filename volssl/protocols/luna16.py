@@ -17,6 +17,7 @@ from volssl.files import BadInput
 from volssl.froc import MOST, RATES, Marks, Order, Ranked, Scan, area_under_roc, judge_marks, sensitivities
 from volssl.intervals import pooled_intervals
 from volssl.protocols.protocol import AbstractProtocol, Judged, Pair, Score, overlap
+from volssl.targets import targets_of
 from volssl.volume import Volume
 
 RECIPE_NAME = "Luna16"
@@ -33,6 +34,11 @@ class Luna16(AbstractProtocol):
     def __post_init__(self) -> None:
         if self.most < 1:
             raise BadInput(f"most must be at least 1; found {self.most}")
+
+    def targets(self, labels: Mapping[str, int], regions: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """The labels or regions; the one value of label maps that nobody named is the nodule."""
+        found = targets_of(labels, regions)
+        return {NODULE: values for values in found.values()} if len(found) == 1 and min(found).isdigit() else found
 
     def judge(self, pair: Pair) -> Judged:
         """Dice of every target, and the marks of the first: components of the prediction on those of the reference."""

@@ -104,9 +104,11 @@ class AbstractProtocol(ABC):
     """Scores cases one by one, and where the protocol has such figures all of them at once. Settings are the fields of the class.
 
     `worst`: the value of a case that could not be scored at all, per metric; a metric that is not named has none, since it is a count.
+    `both_sides`: where nothing names the labels, values found in the predictions count beside those of the references.
     """
 
     worst: ClassVar[Mapping[str, float]]
+    both_sides: ClassVar[bool] = False
 
     def targets(self, labels: Mapping[str, int], regions: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """What is scored, name -> label values. Raises: BadInput: labels that the protocol is not made for."""

@@ -193,6 +193,17 @@ def test_a_bundles_weights_reach_the_encoder(data, recipe, tmp_path, monkeypatch
     assert all(torch.equal(tensor, seen[name]) for name, tensor in encoder.state_dict().items())
 
 
+def test_a_run_tells_the_voxels_it_took_from_the_card(data, recipe, tmp_path):
+    folder, _ = write_bundle(tmp_path / "bundle", window=(-500.0, 700.0), spacing_mm=(2.0, 2.0, 2.0))
+    settings = {"weights": folder, "overrides": ("weights.preparation=card", "optimisation.steps=1")}
+    run(recipe, data=data, out=tmp_path / "run", options=Options(**settings))
+    used = read_json(tmp_path / "run" / "splits.json")["weights"]["prepared"]
+    assert (used["window"], used["spacing_mm"]) == ([-500.0, 700.0], [2.0, 2.0, 2.0])
+    assert used == read_json(tmp_path / "run" / "model.json")["preparation"]
+    assert "splits.json, weights.prepared" in (tmp_path / "run" / "recipe.yaml").read_text().splitlines()[0]
+    run(recipe, data=data, out=tmp_path / "run", options=Options(**settings, resume=True))
+
+
 def test_the_encoder_is_trained_too(data, recipe, tmp_path):
     folder, encoder = write_bundle(tmp_path / "bundle")
     run(recipe, data=data, out=tmp_path / "run", options=Options(weights=folder))

@@ -83,3 +83,38 @@ def test_nothing_there(tmp_path):
     items, _ = gather([tmp_path / "text"], channels=1)
     with pytest.raises(BadInput, match="another kind of file"):
         items[0].read()
+
+
+NAMINGS = {
+    "old": ("_t1", "_t1ce", "_t2", "_flair", "_seg"),
+    "new": ("-t1n", "-t1c", "-t2w", "-t2f", "-seg"),
+    "nnunet": ("_0000", "_0001", "_0002", "_0003", ""),
+}
+
+
+def contrasts(folder, case, endings):
+    for value, ending in enumerate(endings):
+        write_nifti(folder / case / f"{case}{ending}.nii.gz", np.full(GRID.shape_vox, value + 1, np.int16), GRID, np.int16)
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_a_brats_case_by_any_of_its_names(tmp_path, naming):
+    *images, label = NAMINGS[naming]
+    contrasts(tmp_path / "in", "BraTS-GLI-00000-000", [*images, label] if label else images)
+    contrasts(tmp_path / "in", "other", images)
+    items, failures = gather([tmp_path / "in"], channels=4, names=("t1", "t1ce", "t2", "flair"))
+    assert [item.name for item in items] == ["BraTS-GLI-00000-000", "other"] and not failures
+    for item in items:
+        assert item.read().array_CXYZ[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_a_brats_case_that_is_not_whole_is_named_with_what_was_found(tmp_path):
+    contrasts(tmp_path / "in", "lacking", ("_t1", "_t2", "_flair"))
+    contrasts(tmp_path / "in", "mixed", ("_t1", "_t1ce", "_t2", "_flair", "-t1n"))
+    items, _ = gather([tmp_path / "in"], channels=4, names=("t1", "t1ce", "t2", "flair"))
+    for item, found in zip(items, ("t1, t2, flair", "t1, t1, t1ce, t2, flair"), strict=True):
+        with pytest.raises(BadInput, match=f"contrasts t1, t1ce, t2, flair, each once; found {found}$"):
+            item.read()
+    # A model of other channels knows no such names.
+    items, _ = gather([tmp_path / "in" / "lacking"], channels=4, names=("a", "b", "c", "d"))
+    assert [item.name for item in items] == ["lacking_flair", "lacking_t1", "lacking_t2"]

@@ -45,6 +45,19 @@ def test_overlay_and_restoration_are_png_files(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_dice_of_labels_and_of_regions_is_written_into_the_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    told = []
+    monkeypatch.setattr(Figure, "text", lambda figure, x, y, text, **_: told.append(text))
+    monkeypatch.setattr(Figure, "legend", lambda figure, handles, **_: told.extend(handle.get_label() for handle in handles))
+    mask_XYZ = np.zeros((6, 6, 6), np.uint8)
+    mask_XYZ[2:4, 2:4, 2:4] = 1
+    dice = {"core": 0.75, "WT": 0.5, "ET": None}
+    overlay_png(tmp_path / "a.png", Overlay(mask_XYZ * 1.0, mask_XYZ, mask_XYZ, (1.0, 1.0, 1.0), {"core": 1}, dice), title="case 0")
+    assert told == ["case 0, WT: Dice 0.500, ET: Dice undefined", "reference", "prediction", "core: Dice 0.750"]
+
+
 def test_the_window_lies_around_the_labelled_tissue():
     rng = np.random.default_rng(0)
     image_XYZ = np.full((20, 20, 20), -1000.0)

@@ -73,6 +73,7 @@ PARTS = {
 
 
 DEFAULTS = Options()
+CARDS = "By weights.preparation: card, the bundle's voxels went before `preparation`: what was used is in splits.json, weights.prepared."
 
 
 def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULTS) -> Outcome:
@@ -202,7 +203,8 @@ def claim_run(out: Path, values: dict[str, Any], splits: dict[str, Any], *, resu
                 f"--resume: recipe, data and options must be those the run began with; found other values under {', '.join(changed)}; "
                 "start a new run"
             )
-    recipes.save(values, out / "recipe.yaml", verb=verb)
+    by_card = splits.get("weights", {}).get("preparation") == "card"
+    recipes.save(values, out / "recipe.yaml", verb=verb, remark=CARDS if by_card else "")
     write_json(out / "splits.json", splits)
 
 

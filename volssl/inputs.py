@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from volssl.archive import Found, Source, Unreadable, find, read_image, read_source
-from volssl.datasets import SUFFIXES, stem
+from volssl.datasets import SUFFIXES, brats, stem
 from volssl.dicom import is_dicom
 from volssl.examine import Facts, examined
 from volssl.files import BadInput, track
@@ -51,9 +51,10 @@ class _Series:
     shown: str
 
 
-def gather(inputs: Sequence[Path], *, channels: int) -> tuple[list[Item], list[dict[str, str]]]:
+def gather(inputs: Sequence[Path], *, channels: int, names: Sequence[str] = ()) -> tuple[list[Item], list[dict[str, str]]]:
     """What is to be segmented, and failures.csv's rows of what should be an image but cannot be read, or is refused by the index's gates.
 
+    Args: channels: of the model; names: theirs. Those of BraTS are also taken by BraTS's file names, whose label maps are passed over.
     Raises: BadInput: nothing there, or two inputs of one name.
     """
     files: list[Path] = []
@@ -76,7 +77,8 @@ def gather(inputs: Sequence[Path], *, channels: int) -> tuple[list[Item], list[d
             failures += [] if meant else [{"input": "DICOM series of one named file", "reason": "undecodable"}]
     # A folder in nnU-Net's layout bears the channel in every name, also where there is but one.
     by_case = channels > 1 or (bool(files) and all(stem(path).endswith("_0000") for path in files))
-    items = _of_series(series, failures, channels) + (_by_case(files) if by_case else [_item(path) for path in files])
+    contrasts, files = _contrasts(files) if tuple(names) == brats.CHANNELS else ([], files)
+    items = _of_series(series, failures, channels) + contrasts + (_by_case(files) if by_case else [_item(path) for path in files])
     if not items and not failures:
         raise BadInput("inputs: must hold at least one image; found none")
     names = [item.name for item in items if item.name]
@@ -143,10 +145,39 @@ def _by_case(files: Sequence[Path]) -> list[Item]:
     return items
 
 
+def _contrasts(files: Sequence[Path]) -> tuple[list[Item], list[Path]]:
+    """Files that BraTS's names tell, gathered into cases, and the other files."""
+    cases: dict[str, list[tuple[str, Path]]] = {}
+    others = []
+    for path in files:
+        told = brats.contrast_of(path.name)
+        if told is None:
+            others.append(path)
+        elif told[1] in brats.CHANNELS:
+            cases.setdefault(told[0], []).append((told[1], path))
+    return [_case_of_contrasts(case, found) for case, found in cases.items()], others
+
+
+def _case_of_contrasts(case: str, found: Sequence[tuple[str, Path]]) -> Item:
+    ordered = sorted(found, key=lambda one: (brats.CHANNELS.index(one[0]), one[1]))
+    paths = tuple(path for _, path in ordered)
+
+    def read() -> Volume:
+        if (names := tuple(contrast for contrast, _ in ordered)) != brats.CHANNELS:
+            raise BadInput(f"a case must have the contrasts {', '.join(brats.CHANNELS)}, each once; found {', '.join(names)}")
+        return _joined([partial(read_image, path) for path in paths])
+
+    return Item(case, case, read, paths)
+
+
 def _stacked(names: Sequence[str], reads: Sequence[Callable[[], Volume]]) -> Volume:
     found = [name[-4:] for name in names]
     if found != [f"{channel:04d}" for channel in range(len(names))]:
         raise BadInput(f"the channels of a case must be numbered 0000, 0001, ..., each once; found {', '.join(found)}")
+    return _joined(reads)
+
+
+def _joined(reads: Sequence[Callable[[], Volume]]) -> Volume:
     volumes = [read() for read in reads]
     grid = volumes[0].grid
     if not all(volume.grid.almost_equal(grid, tolerance_mm=0.1 * min(grid.spacing_mm)) for volume in volumes):

@@ -83,7 +83,10 @@ def telling_slice(labels_XYZ: np.ndarray, plane: str) -> int:
 
 
 def overlay_png(path: Path, case: Overlay, *, title: str) -> None:
-    """Draw the image in three planes with the reference (solid) and predicted (dashed) contours, a colour per label."""
+    """Draw the image in three planes with the reference (solid) and predicted (dashed) contours, a colour per label.
+
+    Dice of a label stands in the legend, that of a region of several labels beside the title.
+    """
     shapes = {case.image_XYZ.shape, case.reference_XYZ.shape, case.predicted_XYZ.shape}
     assert len(shapes) == 1, f"image, reference and prediction must have one shape; found {shapes}"
     shown = case.reference_XYZ if (case.reference_XYZ > 0).any() else case.predicted_XYZ
@@ -98,7 +101,7 @@ def overlay_png(path: Path, case: Overlay, *, title: str) -> None:
             _contour(panel, plane_of(case.reference_XYZ, plane, position) == value, colour, "solid")
             _contour(panel, plane_of(case.predicted_XYZ, plane, position) == value, colour, (0, (2.2, 1.4)))
         _letters(panel, plane)
-    figure.text(0.012, 0.985, title, color="white", fontsize=11, va="top", ha="left")
+    figure.text(0.012, 0.985, ", ".join([title, *_of_regions(case)]), color="white", fontsize=11, va="top", ha="left")
     _legend(figure, case)
     _save(figure, path)
 
@@ -248,6 +251,14 @@ def _letters(panel: Any, plane: str) -> None:
     panel.text(0.02, 0.02, plane, ha="left", va="bottom", **style)
 
 
+def _score(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _of_regions(case: Overlay) -> list[str]:
+    return [f"{name}: Dice {_score(value)}" for name, value in case.dice.items() if name not in case.labels]
+
+
 def _legend(figure: Figure, case: Overlay) -> None:
     from matplotlib.lines import Line2D
 
@@ -256,8 +267,7 @@ def _legend(figure: Figure, case: Overlay) -> None:
         Line2D([], [], color="white", linewidth=1.3, linestyle=(0, (2.2, 1.4)), label="prediction"),
     ]
     for colour, name in zip(_colours(len(case.labels)), case.labels, strict=True):
-        score = case.dice.get(name)
-        text = name if name not in case.dice else f"{name}: Dice " + ("undefined" if score is None else f"{score:.3f}")
+        text = name if name not in case.dice else f"{name}: Dice {_score(case.dice[name])}"
         handles.append(Line2D([], [], color=colour, linewidth=3, label=text))
     style = {"frameon": False, "fontsize": 9, "labelcolor": "white", "handlelength": 2.2}
     figure.legend(handles=handles, loc="lower left", ncols=min(len(handles), 6), **style)

@@ -50,7 +50,8 @@ def run(
 
     Args:
         run: its folder. inputs: image files, folders with images at any depth, DICOM series folders or one file of a series. A model of
-            several channels takes 4D files, or one file (of DICOM: one folder) per channel, named as nnU-Net does (`<case>_0000`, ...).
+            several channels takes 4D files, or one file (of DICOM: one folder) per channel, named as nnU-Net does (`<case>_0000`, ...),
+            or as BraTS does, where the model's channels are BraTS's.
         out: label maps under the names of the inputs; a DICOM series gives `series_<hash of its voxels>`. format: nifti (uint8), or
             dicomseg, for DICOM alone, which bears the patient's header.
     Returns: failed counts the inputs that could not be segmented; failures.csv names each with its reason.
@@ -70,7 +71,7 @@ def run(
     settings = {"models": checksums, "format": format, "probabilities": extras.probabilities}
     if resume and Path(out).is_dir() and any(Path(out).iterdir()):
         _same_run(Path(out), settings)
-    items, failures = gather([Path(path) for path in inputs], channels=len(model.plan.channels))
+    items, failures = gather([Path(path) for path in inputs], channels=len(model.plan.channels), names=model.plan.channels)
     batch = _Batch(Path(out), model, claim, settings, failures=failures)
     for item in track(items, total=len(items), label="predict"):
         batch.take(item)

@@ -103,9 +103,9 @@ def _lay_over(values: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def save(values: Mapping[str, Any], path: Path, *, verb: str) -> None:
-    """Write a resolved recipe that `load` reads again."""
-    write_text(path, yaml.safe_dump({"verb": verb, **values}, sort_keys=False, allow_unicode=True))
+def save(values: Mapping[str, Any], path: Path, *, verb: str, remark: str = "") -> None:
+    """Write a resolved recipe that `load` reads again. remark: a comment on top of it."""
+    write_text(path, (f"# {remark}\n" if remark else "") + yaml.safe_dump({"verb": verb, **values}, sort_keys=False, allow_unicode=True))
 
 
 def parse(values: Mapping[str, Any], parts: Mapping[str, Any], where: str) -> dict[str, Any]:

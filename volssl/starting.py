@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -163,6 +163,7 @@ def taken(plan: Plan, net: SegmentationNet, given: bundle.Bundle | None, weights
     said: dict[str, Any] = {
         "modality": given.card["intensity"]["modality"],
         "preparation": weights.preparation,
+        "prepared": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(plan.preparation).items()},
         "channels": weights.channels if given.card["in_channels"] != len(plan.channels) else "as the bundle's",
     }
     if weights.decoder:

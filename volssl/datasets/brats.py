@@ -60,6 +60,14 @@ def find_cases(root: Path) -> CaseTable:
     return CaseTable(tuple(cases), labels, CHANNELS, regions)
 
 
+def contrast_of(name: str) -> tuple[str, str] | None:
+    """(case, channel or "seg") of a file name in either naming, None for any other name."""
+    for pattern, naming in ((OLD, OLD_NAME), (NEW, NEW_NAME)):
+        if match := pattern.fullmatch(name):
+            return match["case"], next(channel for channel, published in naming.items() if published == match["what"])
+    return (ODD_LABELS[name], "seg") if name in ODD_LABELS else None
+
+
 def _match(pattern: re.Pattern[str], path: Path) -> re.Match[str] | None:
     return pattern.fullmatch(path.name)
 

@@ -38,7 +38,7 @@ class Luna16(AbstractProtocol):
     def targets(self, labels: Mapping[str, int], regions: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """The labels or regions; the one value of label maps that nobody named is the nodule."""
         found = targets_of(labels, regions)
-        return {NODULE: values for values in found.values()} if len(found) == 1 and min(found).isdigit() else found
+        return {NODULE: next(iter(found.values()))} if len(found) == 1 and min(found).isdigit() else found
 
     def judge(self, pair: Pair) -> Judged:
         """Dice of every target, and the marks of the first: components of the prediction on those of the reference."""

@@ -270,6 +270,16 @@ def test_bare_values_of_brats_are_its_regions_by_what_is_found_on_both_sides(tmp
         run(predictions, references, out=out, recipe="brats", overwrite=True)
 
 
+def test_published_names_of_label_maps_are_those_of_their_images(tmp_path):
+    predictions, references, out = tmp_path / "p", tmp_path / "r", tmp_path / "out"
+    for predicted, reference in (("a", "a_seg"), ("b", "b-seg"), ("volume-3", "segmentation-3"), ("c_seg", "c_seg")):
+        write_nifti(predictions / f"{predicted}.nii.gz", maps(l1=(0, 2)), GRID, np.uint8)
+        write_nifti(references / f"{reference}.nii.gz", maps(l1=(0, 2)), GRID, np.uint8)
+    write_nifti(references / "d_seg.nii.gz", maps(l1=(0, 2)), GRID, np.uint8)  # its image was not predicted
+    assert run(predictions, references, out=out).failed == 1
+    assert {case: value for (case, _, _), value in table_of(out).items()} == {"a": 1, "b": 1, "volume-3": 1, "c_seg": 1, "d_seg": 0}
+
+
 def test_a_runs_folder_names_what_its_recipe_leaves_open(folders):
     predictions, references, recipe, out = folders
     recipe.write_text("verb: finetune\nlabels: null\nregions: null\n")

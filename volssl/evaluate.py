@@ -6,6 +6,7 @@ gets the protocol's worst values. The protocols are on the shelf `protocols`; do
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from volssl.volume import Volume
 
 COLUMNS = ("case", "label", "metric", "value", "note")
 MEAN = "mean"  # region of the summary: each case's mean over the regions
+PUBLISHED = re.compile(r"(?P<case>.+)[_-]seg|segmentation-(?P<number>\d+)")  # label maps of BraTS and LiTS, beside <case> and volume-N
 UNSCORED = "not scored, the worst value by rule: see failures.csv"
 
 
@@ -213,7 +215,8 @@ def _evaluation(values: Mapping[str, Any], protocol: str | None) -> Evaluation:
 
 
 def _pair_jobs(predictions: Path, references: Path, values: Mapping[str, Any], protocol: AbstractProtocol) -> dict[str, Job]:
-    predicted, expected = label_maps(predictions, "predictions"), label_maps(references, "references")
+    predicted = label_maps(predictions, "predictions")
+    expected = _as_images(label_maps(references, "references"), predicted)
     if not predicted.keys() & expected.keys():
         raise BadInput(
             "predictions and references: a case must bear the same name in both; found none that does, but such as "
@@ -241,6 +244,17 @@ def _pair_jobs(predictions: Path, references: Path, values: Mapping[str, Any], p
         return unscored(case, targets, protocol, reference or _readable(expected[case])), reason
 
     return {case: (lambda case=case: job(case)) for case in names}
+
+
+def _as_images(expected: Mapping[str, Path], predicted: Mapping[str, Path]) -> dict[str, Path]:
+    """References under the names of their images, where those were predicted: a_seg as a, segmentation-3 as volume-3."""
+    named = dict(expected)
+    for name in expected:
+        if match := PUBLISHED.fullmatch(name):
+            image = match["case"] or f"volume-{match['number']}"
+            if image in predicted and image not in named and name not in predicted:
+                named[image] = named.pop(name)
+    return named
 
 
 def _readable(path: Path) -> Volume | None:

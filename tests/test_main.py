@@ -76,7 +76,9 @@ def test_options_are_the_arguments_of_the_function(verb):
     for name, parameter in inspect.signature(function).parameters.items():
         group = hints[name]
         if dataclasses.is_dataclass(group):
-            taken |= {field.name: field.default for field in dataclasses.fields(group)}
+            # The function's own default, which may differ from that of the class: a study's jobs may take a day.
+            given = vars(parameter.default) if dataclasses.is_dataclass(parameter.default) else {}
+            taken |= {field.name: given.get(field.name, field.default) for field in dataclasses.fields(group)}
         else:
             taken[name] = parameter.default
     offered = inspect.signature(command(verb).callback).parameters

@@ -48,6 +48,20 @@ def test_without_the_other_tables(folder):
     assert found.series == ("1.2", "1.3") and not found.known
 
 
+def test_a_table_of_irrelevant_findings_may_have_no_rows(folder):
+    excluded = folder / "annotations_excluded.csv"
+    excluded.write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
+    found = read_references(folder)
+    assert set(found.findings) == {"1.2", "1.3"} and all(of.counts.all() for of in found.findings.values())
+    for text in ("", "seriesuid,coordX,coordY\n"):  # the columns must be there
+        excluded.write_text(text)
+        with pytest.raises(BadInput, match=r"annotations_excluded\.csv: must have rows with the columns"):
+            read_references(folder)
+    (folder / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n")
+    with pytest.raises(BadInput, match=r"annotations\.csv: .*found no rows"):
+        read_references(folder)
+
+
 def test_classes_are_read(folder):
     table = "seriesuid,coordX,coordY,coordZ,class,probability\n1.2,1,1,1,1,0.5\n1.2,2,1,1,0,0.4\n"
     (folder / "candidates.csv").write_text(table)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from volssl.cases import Folds, split
-from volssl.datasets import Case, CaseTable
+from volssl.datasets import Case, CaseTable, stem
 from volssl.division import divide, read_sides
 from volssl.files import BadInput
 
@@ -134,3 +134,18 @@ def test_files_that_are_no_split(tmp_path, name, text, message):
         read_sides(tmp_path / name)
     with pytest.raises(BadInput, match="found nothing there"):
         read_sides(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("case_1.nii.gz", "case_1"),
+        ("Case.v2.NRRD", "Case.v2"),
+        ("1.3.6.1.4.1.14519.5.2.1", "1.3.6.1.4.1.14519.5.2.1"),
+        ("1.3.6.1.4.1.14519.5.2.1.mhd", "1.3.6.1.4.1.14519.5.2.1"),
+        ("old.hdr", "old"),
+        ("scan.gipl", "scan.gipl"),
+    ],
+)
+def test_only_known_endings_are_cut_from_a_name(name, wanted):
+    assert stem(Path("folder.nii") / name) == wanted

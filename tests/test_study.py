@@ -316,6 +316,7 @@ def test_quick_shrinks():
     plan = planned(values, "r")
     assert [arm.name for arm in plan.arms] == ["scratch", "pcrlv2"]
     assert plan.design.labels == (2, 5) and plan.design.seeds == (0,) and plan.split.test == 2
+    assert plan.design.quick and not planned({key: value for key, value in RECIPE.items() if key != "verb"}, "r").design.quick
     assert plan.arms[1].pretrain["training"]["steps"] == 3 and plan.arms[1].finetune["optimisation"]["steps"] == 4
 
 
@@ -339,7 +340,8 @@ def test_a_quick_study_of_phantoms(tmp_path):
     rows = read_csv(tmp_path / "out" / "results.csv")
     assert {row["arm"] for row in rows} == {"scratch", "official"} and {row["labels"] for row in rows} == {"2", "5"}
     assert {row["label"] for row in rows} == {"liver", "lesion", "kidney", "gallbladder"}
-    assert (tmp_path / "out" / "report.html").exists()
+    header = (tmp_path / "out" / "report.html").read_text().split("</header>")[0]
+    assert "A quick trial" in header and read_json(tmp_path / "out" / "summary.json")["design"]["quick"] is True
 
 
 def _table(root):

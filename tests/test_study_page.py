@@ -81,6 +81,17 @@ def test_the_best_answer_of_each_number_stands_on_top(folder):
     assert telling(summary) == ["With 5 labelled cases: failed: two; yes: one", "With 10 labelled cases: no: two; undecided: one"]
 
 
+@pytest.mark.parametrize("quick", [False, True, None])
+def test_a_quick_trial_says_first_that_its_answers_mean_nothing(folder, quick):
+    path, summary = folder
+    if quick is not None:  # studies of before have no such value
+        summary["design"]["quick"] = quick
+        write_json(path / "summary.json", summary)
+    before_answers = write_page(path).read_text().split('class="answers"')[0]
+    assert ("A quick trial" in before_answers and "mean nothing" in before_answers) is bool(quick)
+    assert ("mean nothing" in telling(summary)[0]) is bool(quick)
+
+
 def test_only_a_study_has_such_a_page(tmp_path):
     write_json(tmp_path / "summary.json", {"protocol": "dice"})
     assert not is_study(tmp_path)

@@ -33,7 +33,7 @@ class Design:
         draws, first weights and order of the patches, the same for every arm. folds: how many test sets, see `holdout.divided`.
         pretraining_seeds: pretrainings per arm and fold; the i-th seed takes the one numbered i modulo them. threads: of every process;
         a setting, since results depend on it in the last bits. worth: a gain that is ruled out if the interval ends below it. overlays:
-        test cases to draw.
+        test cases to draw. quick: set by --quick: a trial, which says so wherever it answers.
     """
 
     labels: tuple[int, ...] = (5, 10)
@@ -43,6 +43,7 @@ class Design:
     threads: int = 1
     worth: float = 0.01
     overlays: int = 3
+    quick: bool = False
 
     def __post_init__(self) -> None:
         faults = [
@@ -246,7 +247,7 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     values["arms"] = {name: _brief(arms[name] or {}) for name in (SCRATCH, *others[:1]) if name in arms}
     design = values.setdefault("design", {})
     labels = sorted(_numbers(design.get("labels", Design().labels)))[:2]
-    values["design"] = design | {"labels": labels, "seeds": [0], "folds": 1, "pretraining_seeds": 1}
+    values["design"] = design | {"labels": labels, "seeds": [0], "folds": 1, "pretraining_seeds": 1, "quick": True}
     tuning = values.get("tuning") or {}
     values["tuning"] = tuning | {"lr": list(tuning.get("lr", Tuning().lr))[:2], "seeds": 1, "at": []}
     if (values.get("split") or {}).get("file") is None:

@@ -60,7 +60,7 @@ def read_references(path: Path) -> References:
     annotations = folder / "annotations.csv" if path.is_dir() else path
     rows = [(row, True) for row in _rows(annotations, (*PLACE, "diameter_mm"))]
     if (excluded := folder / "annotations_excluded.csv").is_file():
-        rows += [(row, False) for row in _rows(excluded, (*PLACE, "diameter_mm"))]
+        rows += [(row, False) for row in _rows(excluded, (*PLACE, "diameter_mm"), may_be_empty=True)]
     if bad := [f"{row.series} {row.values[3]:g}" for row, counts in rows if counts and row.values[3] <= 0]:
         raise BadInput(f"{annotations.name}: diameter_mm must be > 0; found {_some(bad)}")
     named = _series(folder / "seriesuids.csv")
@@ -124,14 +124,16 @@ class _Row:
     extra: str
 
 
-def _rows(path: Path, columns: Sequence[str], optional: str = "") -> list[_Row]:
+def _rows(path: Path, columns: Sequence[str], optional: str = "", *, may_be_empty: bool = False) -> list[_Row]:
     try:
         read = read_csv(path)
+        with open(path, newline="", encoding="utf-8") as lines:
+            header = next(csv.reader(lines), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path.name}: must be a table of text (CSV); {error}") from None
-    lacking = [name for name in ("seriesuid", *columns) if read and name not in read[0]]
-    if not read or lacking:
-        found = f"the columns {', '.join(read[0])}" if read else "no rows"
+    lacking = [name for name in ("seriesuid", *columns) if name not in header]
+    if lacking or not (read or may_be_empty):
+        found = f"the columns {', '.join(header)}" if lacking and header else "no rows"
         raise BadInput(f"{path.name}: must have rows with the columns seriesuid, {', '.join(columns)}; found {found}; mend the table")
     rows, faults = [], []
     for line, row in enumerate(read, start=2):

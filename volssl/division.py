@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from volssl.cases import Folds, split
-from volssl.datasets import SUFFIXES, Case, CaseTable
+from volssl.datasets import Case, CaseTable, stem
 from volssl.files import BadInput, read_csv, read_json, sha256
 
 OFFICIAL = "official"
@@ -124,9 +124,7 @@ def _whole(sides: Sides, path: Path) -> Sides:
 
 
 def _plain(name: str) -> str:
-    # Known endings only: a series such as 1.3.6.1 has points of its own.
-    bare = name.strip().strip(",").replace("\\", "/").rpartition("/")[2]
-    return next((bare[: -len(ending)] for ending in SUFFIXES if bare.lower().endswith(ending)), bare)
+    return stem(Path(name.strip().strip(",").replace("\\", "/")))
 
 
 def _of_texts(path: Path) -> Sides:

@@ -153,6 +153,7 @@ def _design(study: Study) -> dict[str, Any]:
         "targets": list(targets_of(study.table.labels, study.table.regions)),
         "steps": study.plan.arms[0].finetune.get("optimisation", {}).get("steps"),
         "threads": design.threads,
+        "quick": design.quick,
     }
 
 
@@ -189,8 +190,9 @@ def _hours_of(study: Study, arm: Arm) -> dict[str, float]:
 
 
 def telling(summary: Mapping[str, Any]) -> list[str]:
-    """The answer in plain sentences, one per number of labels."""
-    return [_sentence(summary, place, labels) for place, labels in enumerate(summary["design"]["labels"])]
+    """The answer in plain sentences, one per number of labels; before those of a quick trial, that they mean nothing."""
+    warning = ["A quick trial with --quick: the answers below mean nothing."] if summary["design"].get("quick") else []
+    return warning + [_sentence(summary, place, labels) for place, labels in enumerate(summary["design"]["labels"])]
 
 
 def _sentence(summary: Mapping[str, Any], place: int, labels: int) -> str:

@@ -107,3 +107,10 @@ def test_body_share_is_the_mean_of_each_block(shape):
     body = torch.rand(2, *shape) > 0.4
     again = torch.nn.functional.avg_pool3d(body[:, None].float(), 4, ceil_mode=True, count_include_pad=False)[:, 0]
     torch.testing.assert_close(body_share(body), again)
+
+
+def test_body_is_found_alike_in_every_type_of_number():
+    x = torch.rand(2, 1, 12, 8, 9).bfloat16()
+    crops = PairCrops(tissue=Tissue(rule="body", level=0.5))
+    assert np.array_equal(crops._body(x), crops._body(x.float()))
+    assert np.array_equal(crops._body(x), body_share(x[:, 0] >= 0.5))

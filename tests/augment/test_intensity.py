@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from volssl.augment.corrupt import PatchSwap
+from volssl.augment.corrupt import PatchSwap, rounds
 from volssl.augment.intensity import Blur, Contrast, Gamma, Noise, gaussian_blur, zscore
 from volssl.draws import Draws
 
@@ -43,19 +43,31 @@ def test_swap_only_moves_voxels():
     assert ((moved > 0.15) & (moved < 0.19)).all(), moved
 
 
-def test_swap_equals_a_plain_loop():
-    x = torch.rand(1, 1, 10, 9, 8)
-    swap = PatchSwap(patch_vox=(4, 3, 2), swaps=15)
-    params = swap.sample(Draws(1, 2, 0, 1))
-    plain = x[0, 0].clone()
+@pytest.mark.parametrize(("swaps", "dtype"), [(1, torch.float32), (15, torch.float32), (200, torch.float32), (40, torch.bfloat16)])
+def test_swap_equals_a_plain_loop(swaps, dtype):
+    x = torch.rand(3, 2, 10, 9, 8).to(dtype)
+    swap = PatchSwap(patch_vox=(4, 3, 2), swaps=swaps)
+    params = swap.sample(Draws(1, 2, 0, 3))
+    plain, before = x.clone(), x.clone()
     room = torch.tensor([7, 7, 7])
-    for one, other in (params[0] * room).long():
-        a = tuple(slice(int(s), int(s) + n) for s, n in zip(one, (4, 3, 2), strict=True))
-        b = tuple(slice(int(s), int(s) + n) for s, n in zip(other, (4, 3, 2), strict=True))
-        first, second = plain[a].clone(), plain[b].clone()
-        plain[b] = first
-        plain[a] = second
-    assert torch.equal(swap.apply(x, params)[0, 0], plain)
+    for b in range(3):
+        for one, other in (params[b] * room).long():
+            first_at, second_at = (
+                (b, slice(None), *(slice(int(s), int(s) + n) for s, n in zip(corner, (4, 3, 2), strict=True))) for corner in (one, other)
+            )
+            first, second = plain[first_at].clone(), plain[second_at].clone()
+            plain[second_at] = first
+            plain[first_at] = second
+    assert torch.equal(swap.apply(x, params), plain)
+    assert torch.equal(x, before)
+
+
+def test_swaps_that_share_a_voxel_wait_for_each_other():
+    patch = np.array([2, 2, 2])
+    apart = np.array([[[0, 0, 0], [2, 0, 0]], [[0, 2, 0], [2, 2, 0]], [[0, 0, 2], [2, 0, 2]]])
+    assert rounds(apart, patch).tolist() == [0, 0, 0]
+    chain = np.array([[[0, 0, 0], [9, 9, 9]], [[1, 1, 1], [5, 5, 5]], [[20, 0, 0], [30, 0, 0]], [[6, 6, 6], [20, 0, 1]]])
+    assert rounds(chain, patch).tolist() == [0, 1, 0, 2]
 
 
 def test_zscore_and_its_constant_case():

@@ -106,7 +106,7 @@ class PairCrops:
         if x_BCXYZ.device.type != "cpu":
             return list(body_share(x_BCXYZ[:, 0] >= self.tissue.level).cpu().numpy())
         # One after another the volumes stay in the cache.
-        return [body_share(x_1XYZ >= self.tissue.level)[0].numpy() for x_1XYZ in x_BCXYZ[:, :1]]
+        return [body_share(_above(x_1XYZ, self.tissue.level))[0].numpy() for x_1XYZ in x_BCXYZ[:, :1]]
 
     def _pair_of_tissue(
         self, source: np.random.Generator, parent_3: np.ndarray, body_XYZ: np.ndarray | None, out_voxels: int
@@ -167,6 +167,11 @@ def overlap(start_N3: np.ndarray, size_N3: np.ndarray, other_start_N3: np.ndarra
     high = np.minimum(start_N3 + size_N3, other_start_N3 + other_size_N3)
     shared = np.clip(high - low, 0, None).prod(-1)
     return shared / (size_N3.prod(-1) + other_size_N3.prod(-1) - shared)
+
+
+def _above(x: Tensor, level: float) -> Tensor:
+    # The same comparison, which numpy does eight times as fast as torch on a CPU; it knows no bfloat16.
+    return torch.from_numpy(x.numpy() >= level) if x.dtype == torch.float32 else x >= level
 
 
 def body_share(body_BXYZ: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from volssl.nodules import Nodules
 from volssl.volume import Grid
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+CUT = (*SUFFIXES, ".hdr", ".img.gz", ".img")  # Analyze can be predicted, but no layout of labelled cases holds it
 DEPTH = 4  # folders below the root in which a layout looks for its files
 
 
@@ -166,11 +167,8 @@ def numbered(names: Any, where: str) -> tuple[str, ...]:
 
 
 def stem(path: Path) -> str:
-    """File name without its image suffix: `case_1.nii.gz` -> `case_1`."""
-    for suffix in SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.stem
+    """File name without its image suffix: `case_1.nii.gz` -> `case_1`. What follows any other point stays: `1.3.6.1` is a series."""
+    return next((path.name[: -len(suffix)] for suffix in CUT if path.name.lower().endswith(suffix)), path.name)
 
 
 def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:

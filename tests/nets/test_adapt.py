@@ -1,9 +1,11 @@
 """Layers of other packages are exchanged without a change of names, values or sharing."""
 
+import pytest
 import torch
 from torch import nn
 
 from volssl.nets.adapt import Conv3d, adapt
+from volssl.nets.heads import MidRestorationHead
 from volssl.processes import BatchNorm3d
 
 
@@ -38,17 +40,49 @@ def test_instance_normalisation_is_exchanged_where_asked():
     assert type(adapt(Twice()).all[1]) is nn.InstanceNorm3d
 
 
-def test_gradients_in_bf16_are_right_where_the_input_is_shorter_than_the_kernel():
+SIDES = [(1, 1, 1), (1, 3, 2), (1, 5, 1), (2, 1, 5), (2, 2, 2), (2, 4, 3), (3, 1, 4), (3, 5, 1), (3, 3, 3), (4, 2, 4), (4, 5, 3), (5, 6, 5)]
+
+
+@pytest.mark.parametrize("kernel", [3, 5, (1, 3, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_in_bf16_are_right_on_maps_of_any_size(kernel, stride):
     torch.manual_seed(0)
-    for side in (1, 2, 3):
-        conv = adapt(nn.Sequential(nn.Conv3d(16, 16, 3, padding=1)))
-        x = torch.randn(2, 16, side, 2, 2)
-        seed = torch.randn(conv(x).shape)
-        conv(x).backward(seed)
-        wanted = conv[0].weight.grad.clone()
-        for _ in range(5):
-            del [torch.full((2**k,), 1e30) for k in range(6, 18)][:]  # so that unwritten memory would be seen
-            conv.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                conv(x).backward(seed.bfloat16())
-            assert (conv[0].weight.grad - wanted).abs().max() < 0.03 * wanted.abs().max()
+    padding = tuple(k // 2 for k in kernel) if isinstance(kernel, tuple) else kernel // 2
+    conv = adapt(nn.Sequential(nn.Conv3d(16, 16, kernel, stride=stride, padding=padding)))
+    for sides in SIDES:
+        assert_bf16_gradients_hold(conv, torch.randn(2, 16, *sides))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "conv"])
+def test_gradients_in_bf16_of_a_restoration_head_are_right_on_small_maps(kind):
+    torch.manual_seed(0)
+    head = MidRestorationHead(16, kind=kind, norm="group")
+    convs = [layer for layer in head.layers if isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3)]
+    assert len(convs) == 1
+    for sides in SIDES:
+        assert_bf16_gradients_hold(convs[0], torch.randn(2, 16, *sides))
+
+
+def assert_bf16_gradients_hold(conv, x):
+    y = conv(x)
+    seed = torch.randn(y.shape)
+    parameters = list(conv.parameters())
+    wanted = torch.autograd.grad(y, parameters, seed)
+    for value in (float("nan"), 1e30) * 2:
+        # What is allocated next may lie where these lay, so that unwritten memory would be seen.
+        del [torch.full((2**k,), value) for k in range(6, 19)][:]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(conv(x), parameters, seed.bfloat16())
+        for one, other in zip(found, wanted, strict=True):
+            assert (one - other).abs().max() < 0.03 * other.abs().max(), tuple(x.shape)
+
+
+def test_padding_by_hand_changes_no_value():
+    torch.manual_seed(0)
+    plain = nn.Conv3d(4, 6, (3, 5, 1), stride=(1, 2, 1), padding=(1, 4, 0), dilation=(1, 2, 1), groups=2)
+    made = adapt(nn.Sequential(plain))
+    for sides in SIDES:
+        x = torch.randn(2, 4, *sides)
+        torch.testing.assert_close(made(x), plain(x))
+        with torch.no_grad():
+            assert torch.equal(made(x), plain(x))

@@ -14,10 +14,10 @@ def gradients(make, inputs, dtype):
     return {name: p.grad for name, p in module.named_parameters() if not name.endswith("conv.bias")}
 
 
-@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize("sides", [(1, 1, 1), (2, 2, 2), (4, 4, 4), (3, 1, 4), (2, 5, 3), (4, 3, 1), (2, 1, 2)])
 @pytest.mark.parametrize("block", ["conv", "up"])
-def test_gradients_in_bf16_are_those_of_fp32_on_small_maps(block, side):
-    x = torch.randn(4, 32, side, side, side, generator=torch.Generator().manual_seed(1))
+def test_gradients_in_bf16_are_those_of_fp32_on_small_maps(block, sides):
+    x = torch.randn(4, 32, *sides, generator=torch.Generator().manual_seed(1))
     make = {
         "conv": lambda: ConvBlock(32, 64, norm="group"),
         "up": lambda: UpBlock(32, 16, skip_channels=0, norm="group"),

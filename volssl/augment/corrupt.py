@@ -28,7 +28,7 @@ class PatchSwap(AbstractTransform):
         return draws.uniform(0, 1, self.swaps, 2, 3)
 
     def apply(self, x_BCXYZ: Tensor, params: Tensor) -> Tensor:
-        """Copy with swapped patches; a later swap moves what earlier ones wrote, and a second write to an overlap wins, as in the source."""
+        """Copy with swapped patches; a later swap moves what earlier ones wrote, and a second write to an overlap wins."""
         _, channels, *sides = x_BCXYZ.shape
         patch = [min(p, n) for p, n in zip(self.patch_vox, sides, strict=True)]
         room = torch.tensor([n - p + 1 for n, p in zip(sides, patch, strict=True)])

@@ -8,22 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from volssl.nets.blocks import Norm, make_norm
+from volssl.nets.composed import too_short
 
 
 class Conv3d(nn.Conv3d):
-    """The convolution whose first side is padded by hand where the input is shorter than the kernel.
+    """The convolution whose input is padded by hand where it is `too_short`; forward, names and values are the same.
 
-    On a CPU the bf16 gradient of the weights reads memory that nobody wrote there (seen with torch 2.13); forward and names are the same.
-    The padding must be given in numbers.
+    The padding must be of zeros and given in numbers.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, in, X, Y, Z) -> (B, out, X', Y', Z')."""
-        first, *others = (int(side) for side in self.padding)
-        if input.device.type != "cpu" or input.shape[2] >= self.kernel_size[0]:
+        extent = [step * (size - 1) + 1 for size, step in zip(self.kernel_size, self.dilation, strict=True)]
+        if not too_short(input, extent):
             return super().forward(input)
-        padded = F.pad(input, (0, 0, 0, 0, first, first))
-        return F.conv3d(padded, self.weight, self.bias, self.stride, [0, *others], self.dilation, self.groups)
+        x, y, z = (int(side) for side in self.padding)
+        padded = F.pad(input, (z, z, y, y, x, x))
+        return F.conv3d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 def adapt(module: nn.Module, *, norm: Norm | None = None) -> nn.Module:

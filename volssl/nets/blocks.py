@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from volssl.nets.composed import composed_up_conv, composing_pays, is_composed, no_autocast
+from volssl.nets.composed import composed_up_conv, composing_pays, is_composed, no_autocast, too_short
 from volssl.processes import BatchNorm3d
 
 Norm = Literal["batch", "instance", "group"]
@@ -25,13 +25,9 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
 
 
 def padded_conv(x_BCXYZ: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`conv3d` with a padding of 1 on every side.
-
-    On a CPU the bf16 gradient of the weights reads memory that nobody wrote (seen with torch 2.13) where the first side is one shorter
-    than the kernel, as in the deepest maps of small crops; padded by hand it does not.
-    """
-    if x_BCXYZ.device.type == "cpu" and x_BCXYZ.shape[2] == weight.shape[2] - 1:
-        return F.conv3d(F.pad(x_BCXYZ, (0, 0, 0, 0, 1, 1)), weight, bias, padding=(0, 1, 1))
+    """`conv3d` with a padding of 1 on every side, by hand where `too_short` says so."""
+    if too_short(x_BCXYZ, weight.shape[2:]):
+        return F.conv3d(F.pad(x_BCXYZ, (1,) * 6), weight, bias)
     return F.conv3d(x_BCXYZ, weight, bias, padding=1)
 
 

@@ -7,7 +7,7 @@ Per fine voxel that is 2 taps an axis, 8 instead of 27, and the up-sampled tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -21,6 +21,17 @@ from torch import Tensor, nn
 _VALUES_OF_2 = ((1.0, 0.0), (1.0, 1.0), (1.0, -1.0), (0.0, 1.0))
 _VALUES_OF_3 = ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.0, -1.0, 1.0), (0.0, 0.0, 1.0))
 _COEFFICIENTS = ((1.0, 0.0, 0.0, 0.0), (0.0, 0.5, -0.5, -1.0), (-1.0, 0.5, 0.5, 0.0), (0.0, 0.0, 0.0, 1.0))
+
+
+def too_short(x_BCXYZ: Tensor, extent_vox: Sequence[int]) -> bool:
+    """Whether a convolution must not be left to pad its input: training on a CPU, and any side is shorter than the kernel's extent.
+
+    The bf16 gradient of the weights (seen with torch 2.13) then reads memory that nobody wrote, and writes beyond its own, as in the
+    deepest maps of small crops. Padded by hand, where no side is shorter any more, it does not.
+    """
+    if x_BCXYZ.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(side < extent for side, extent in zip(x_BCXYZ.shape[2:], extent_vox, strict=True))
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -126,6 +137,8 @@ class _Rounded(torch.autograd.Function):
 
 
 def _apply(x_BAXYZ: Tensor, kernel_AOxyz: Tensor) -> Tensor:
+    if too_short(x_BAXYZ, (2, 2, 2)):  # the other way round it is a convolution of 4 taps, over an output that is twice as long
+        return F.conv_transpose3d(x_BAXYZ, kernel_AOxyz, stride=2)[:, :, 1:-1, 1:-1, 1:-1]
     return F.conv_transpose3d(x_BAXYZ, kernel_AOxyz, stride=2, padding=1)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from volssl.files import BadInput
+from volssl.nets.adapt import Conv3d
 from volssl.nets.blocks import Norm
 from volssl.nets.sides import check_sides, triple
 from volssl.nets.unet import UNetDecoder, UNetEncoder
@@ -60,7 +61,7 @@ class FoldedDecoder(nn.Module):
         self.skips = skips
         self.inner = UNetDecoder(channels, skips=skips, norm=norm)
         self.channels = (*self.inner.channels, unfolded)
-        self.last = nn.Conv3d(channels[0], 8 * unfolded, 3, padding=1)
+        self.last = Conv3d(channels[0], 8 * unfolded, 3, padding=1)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Feature maps, finest first -> decoded maps, coarsest first; the last has the input's size."""

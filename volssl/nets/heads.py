@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from volssl.nets.adapt import Conv3d
 from volssl.nets.blocks import Norm, make_norm
 from volssl.processes import BatchNorm1d
 
@@ -61,10 +62,10 @@ class MidRestorationHead(nn.Module):
     def __init__(self, channels: int, *, kind: RestorationHead, norm: Norm) -> None:
         super().__init__()
         if kind == "sigmoid":
-            self.layers = nn.Sequential(nn.Conv3d(channels, 1, 3, padding=1), make_norm(norm, 1), nn.Sigmoid())
+            self.layers = nn.Sequential(Conv3d(channels, 1, 3, padding=1), make_norm(norm, 1), nn.Sigmoid())
         else:
             self.layers = nn.Sequential(
-                nn.Conv3d(channels, channels, 3, padding=1),
+                Conv3d(channels, channels, 3, padding=1),
                 make_norm(norm, channels),
                 nn.ReLU(inplace=True),
                 nn.Conv3d(channels, 1, 1),

@@ -30,6 +30,7 @@ VERBS = {
     "finetune": "volssl.finetune:run",
     "detect": "volssl.detect:run",
     "predict": "volssl.predict:run",
+    "embed": "volssl.embed:run",
     "evaluate": "volssl.evaluate:run",
     "study": "volssl.study:run",
     "report": "volssl.report:run",
@@ -263,6 +264,26 @@ _command(
     },
 )
 _command(
+    "embed",
+    "Turn scans into features: per volume, per patch, or of every place.",
+    {
+        "bundle": (argument(Path, "BUNDLE"), ASKED),
+        "inputs": (argument(list[Path], "STORE|INPUT"), ASKED),
+        "out": (option(Path, "Table to write, .parquet or .npz; for dense a folder."), ASKED),
+        "per": (option(str, "A row per volume (mean of its patches) or patch; or dense: all places, an .npz per scan."), "volume"),
+        "level": (option(str, "Which of the encoder's maps: coarsest, finest, or a number from 0, the finest."), "coarsest"),
+        "patches": (option(int, "Patches drawn in each volume; 0: a grid over the body.", min=0), 0),
+        "patch": (option(Any, "Sides of a patch in voxels; else those of the pretraining.", parser=three_sides, metavar="X,Y,Z"), None),
+        "normalise": (option(bool, "Divide each feature by its length.", "--normalise"), False),
+        "seed": (option(int, "Seed of the patches that are drawn."), 0),
+        "precision": (option(str, "fp32, bf16, or auto: bf16 where the device multiplies it."), "auto"),
+        "batch": (option(int, "Patches at once.", min=1), 4),
+        "names": (option(bool, "Write the names of image files.", "--names"), False),
+        "page": (option(bool, "Write the page of nearest neighbours beside the table of a store.", "--page"), False),
+        "overwrite": ENDINGS["overwrite"],
+    },
+)
+_command(
     "evaluate",
     "Score label maps or candidates: one row per case, region and metric.",
     {
@@ -292,10 +313,11 @@ _command(
 )
 _command(
     "report",
-    "Put runs, or a study, on one self-contained HTML page.",
+    "Put runs, a study or nearest neighbours on one self-contained HTML page.",
     {
-        "runs": (argument(list[Path], "RUN|STUDY"), ASKED),
+        "runs": (argument(list[Path], "RUN|STUDY|TABLE"), ASKED),
         "out": (option(Path, "HTML file to write."), ASKED),
+        "store": (option(Path | None, "Of a table that embed made of it: the store, whose scans are drawn."), None),
         "overwrite": ENDINGS["overwrite"],
     },
 )

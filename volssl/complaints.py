@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Verbs that read what patients' names may stand in, and so may the texts of unexpected errors.
-READS_ARCHIVES = {"fetch", "index", "quality", "prepare", "predict"}
+READS_ARCHIVES = {"fetch", "index", "quality", "prepare", "predict", "embed"}
 WHOLE_TRACEBACK = "VOLSSL_WHOLE_TRACEBACK"
 
 

@@ -93,6 +93,7 @@ MARKS = (
     "card.json",
     "bench.json",
     "export.json",
+    "features.json",
 )
 
 

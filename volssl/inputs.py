@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,10 +52,13 @@ class _Series:
     shown: str
 
 
-def gather(inputs: Sequence[Path], *, channels: int, names: Sequence[str] = ()) -> tuple[list[Item], list[dict[str, str]]]:
+def gather(
+    inputs: Sequence[Path], *, channels: int, names: Sequence[str] = (), distinct: bool = True
+) -> tuple[list[Item], list[dict[str, str]]]:
     """What is to be segmented, and failures.csv's rows of what should be an image but cannot be read, or is refused by the index's gates.
 
     Args: channels: of the model; names: theirs. Those of BraTS are also taken by BraTS's file names, whose label maps are passed over.
+        distinct: whether each image must have a name of its own, by which an output is called.
     Raises: BadInput: nothing there, or two inputs of one name.
     """
     files: list[Path] = []
@@ -82,7 +86,7 @@ def gather(inputs: Sequence[Path], *, channels: int, names: Sequence[str] = ()) 
     if not items and not failures:
         raise BadInput("inputs: must hold at least one image; found none")
     names = [item.name for item in items if item.name]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if distinct and (twice := sorted({name for name in names if names.count(name) > 1})):
         raise BadInput(
             f"inputs: every image must have its own name; found several called {', '.join(twice)}; predict them into different folders"
         )
@@ -194,3 +198,12 @@ def reason_of(error: BadInput, files: Sequence[Path]) -> str:
     for file in files:
         text = text.replace(str(file), "the file")
     return text
+
+
+def voxel_hash(volume: Volume) -> str:
+    """A hash of the voxels without a key: the same series gives the same name on every machine, and the name tells nothing about it."""
+    digest = hashlib.blake2b(digest_size=6)
+    for channel_XYZ in volume.array_CXYZ:
+        for plane in channel_XYZ:  # the bytes of the whole array in order, without a copy of it
+            digest.update(np.ascontiguousarray(plane).data)
+    return digest.hexdigest()

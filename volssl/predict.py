@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from volssl import deploy
 from volssl.archive import write_nifti
 from volssl.dicom_seg import Maker, check_installed, check_source, write_dicom_seg
 from volssl.files import BadInput, Outcome, check_out, claim_out, place_of, read_json, tell, track, write_csv, write_json
-from volssl.inputs import Item, gather, reason_of
+from volssl.inputs import Item, gather, reason_of, voxel_hash
 from volssl.journal import write_environment
 from volssl.segment import Model, read_ensemble
 from volssl.shares import ShareFiles
@@ -122,7 +121,7 @@ class _Batch:
             return f"{item.name}{suffix}"
         volume = item.read()
         self.model.check(volume)
-        name = item.name or f"series_{_voxel_hash(volume)}"
+        name = item.name or f"series_{voxel_hash(volume)}"
         if resume and (self.out / f"{name}{suffix}").exists():
             return f"{name}{suffix}"
         label_XYZ = self._label_map(name, volume)
@@ -164,12 +163,3 @@ class _Batch:
         write_csv(self.out / "predictions.csv", self.done, ("input", "output", "repairs"))
         write_csv(self.out / "failures.csv", self.failures, ("input", "reason"))
         return Outcome(self.out, failed=len(self.failures), message=f"{len(self.done)} label maps")
-
-
-def _voxel_hash(volume: Volume) -> str:
-    # The same series gives the same name on every machine, and the name tells nothing about it.
-    digest = hashlib.blake2b(digest_size=6)
-    for channel_XYZ in volume.array_CXYZ:
-        for plane in channel_XYZ:  # the bytes of the whole array in order, without a copy of it
-            digest.update(np.ascontiguousarray(plane).data)
-    return digest.hexdigest()

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from volssl import neighbours
 from volssl import recipe as recipes
 from volssl.evaluate import MEAN
+from volssl.features import is_table
 from volssl.files import BadInput, Outcome, read_csv, read_json, tell, write_text
 from volssl.journal import read_metrics
 from volssl.page import embedded, render
@@ -51,16 +53,23 @@ class Run:
         return f"case {order.index(case)}" if case in order else "a case that splits.json does not hold"
 
 
-def run(runs: Sequence[Path], *, out: Path, overwrite: bool = False) -> Outcome:
-    """Write one HTML page about any mix of pretraining runs, fine-tuning runs and folders that evaluate left; or about one study.
+def run(runs: Sequence[Path], *, out: Path, store: Path | None = None, overwrite: bool = False) -> Outcome:
+    """Write one HTML page about any mix of pretraining runs, fine-tuning runs and folders that evaluate left; or about one study, or the
+    nearest neighbours in one table that embed made of a store.
 
-    Args: runs: run folders, in the order of the page, or a study's folder alone. out: the HTML file.
+    Args: runs: run folders, in the order of the page, or a study's folder or a table alone. out: the HTML file. store: of the table.
     Raises: BadInput: no run given; a folder that is not a run; `out` exists and `overwrite` is not set.
     """
     out = Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
         kind = "a folder" if out.is_dir() else "a file"
         raise BadInput(f"--out {out} must be a new file; found {kind}; choose another name, or --overwrite for a file")
+    if any(is_table(Path(run)) for run in runs):
+        if len(runs) > 1:
+            raise BadInput(f"runs: a table of features must have a page of its own; found {len(runs)} inputs; give it alone")
+        return Outcome(neighbours.write_page(Path(runs[0]), out, store=store), message="nearest neighbours")
+    if store is not None:
+        raise BadInput("--store: goes with a table that embed made of it; found other runs; leave it out")
     if any(is_study(Path(run)) for run in runs):
         if len(runs) > 1:
             raise BadInput(f"runs: a study must have a page of its own; found {len(runs)} folders; give it alone")

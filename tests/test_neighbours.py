@@ -92,7 +92,7 @@ def test_what_is_shown_is_what_the_table_holds(weights, two_of_one, tmp_path, fe
     patients = read.columns["patient_id"]
     queries = neighbours.queries_of(patients, count=2)
     shown = re.findall(r"cosine (-?−?[\d.]+)</strong>", (tmp_path / "page.html").read_text())
-    expected = [f"{cosine:.3f}" for found in neighbours.nearest(read.features_ND, patients, queries) for _, cosine in found]
+    expected = [f"{cosine:.4f}" for found in neighbours.nearest(read.features_ND, patients, queries) for _, cosine in found]
     assert [one.replace("−", "-") for one in shown] == expected
     first = (tmp_path / "page.html").read_bytes()
     report.run([out], out=tmp_path / "page.html", store=two_of_one, overwrite=True)

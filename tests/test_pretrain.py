@@ -339,7 +339,7 @@ def test_a_store_of_another_version_is_refused(tmp_path):
     path = make_store(tmp_path / "store", scans=2, side=24)
     facts = json.loads((path / "store.json").read_text())
     write_json(path / "store.json", facts | {"version": 99})
-    with pytest.raises(BadInput, match="must be of version 2; found 99"):
+    with pytest.raises(BadInput, match="must be of version 2 or 3; found 99"):
         train(path, tmp_path / "run")
 
 

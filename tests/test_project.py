@@ -185,3 +185,9 @@ def test_the_layers_are_those_of_the_architecture_page():
     order = [name.strip() for name in flow.group(1).replace("\n", " ").split("<")]
     contract = next(entry for entry in PROJECT["tool"]["importlinter"]["contracts"] if entry["type"] == "layers")
     assert [layer.strip() for layer in reversed(contract["layers"])] == order
+
+
+def test_test_files_have_names_of_their_own():
+    # pytest imports them by their bare names: of two alike in different folders it would refuse one.
+    names = [path.name for path in Path("tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}

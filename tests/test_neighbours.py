@@ -75,6 +75,7 @@ def test_the_page_shows_other_patients_alone(weights, two_of_one, tmp_path, few,
     text = out.with_suffix(".html").read_text()
     groups = groups_of(out.with_suffix(".html"))
     assert len(groups) == 2
+    assert ("body's height" in text) == (per == "patch")  # the middle of a whole volume is no place in the body
     for (_, patient), found in groups:
         assert found and all(other != patient for _, other in found)
         assert len(found) == (5 if per == "patch" else 2 if patient == "P0" else 3)

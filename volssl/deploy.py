@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from volssl.components import Cleaning
-from volssl.export import Options, Writer
+from volssl.export import Options, Writer, norm_of, patch_of
 from volssl.export import monai as bundles
 from volssl.export import onnx as graphs
 from volssl.files import BadInput, read_json, sha256, write_json, write_text
@@ -39,8 +39,7 @@ def onnx(source: Path, options: Options) -> Writer:
     options.refuse("onnx", "patch")
     graphs.libraries()
     model = read_model(source)
-    plan = replace(model.plan, patch_vox=options.patch or model.plan.patch_vox)
-    graphs.check_sides(model.net.net, plan.patch_vox, norm=plan.architecture["arguments"].get("norm", "batch"))
+    plan = replace(model.plan, patch_vox=_patch(model, options))
     shape = (1, len(plan.channels), *plan.patch_vox)
 
     def write(out: Path) -> str:
@@ -59,8 +58,7 @@ def monai(source: Path, options: Options) -> Writer:
     options.refuse("monai", "patch")
     model = read_model(source)
     plan, net = model.plan, model.net
-    patch_vox, preparation = options.patch or plan.patch_vox, plan.preparation
-    bundles.check_patch(patch_vox, net.net.stride, plan.architecture["arguments"].get("norm", "batch"))
+    patch_vox, preparation = _patch(model, options), plan.preparation
     settings = {"out_channels": plan.outputs, "deep_supervision": plan.deep_supervision, "zscore": preparation.patches == "zscore"}
     network = SegmentationNetwork(**plan.architecture, **settings)
     network.net.load_state_dict(net.state_dict(), strict=True)
@@ -82,11 +80,16 @@ def monai(source: Path, options: Options) -> Writer:
         task=f"Segmentation of {', '.join(plan.targets)}",
         description=f"Logits: {_meaning(plan)}. The run gives label maps on each image's own grid.",
         image=bundles.image_format(modality, plan.channels, patch_vox),
-        pred=pred | {"dtype": "float32", "value_range": [], "channel_def": _channel_def(plan)},
+        pred=pred
+        | {"dtype": "float32", "value_range": [], "channel_def": {str(number): name for number, name in enumerate(_channels(plan))}},
         about={"volssl_plan": asdict(plan)},
         text=_left_out(plan),
     )
     return lambda out: bundles.write(out, contents, patch_vox)
+
+
+def _patch(model: Model, options: Options) -> tuple[int, int, int]:
+    return patch_of(options.patch, model.plan.patch_vox, model.net.net, norm_of(model.plan.architecture))
 
 
 def _finishing(plan: Plan) -> dict[str, Any]:
@@ -104,9 +107,9 @@ def _finishing(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _channel_def(plan: Plan) -> dict[str, str]:
-    names = list(plan.regions) or ["background", *sorted(plan.labels, key=plan.labels.__getitem__)]
-    return {str(number): name for number, name in enumerate(names)}
+def _channels(plan: Plan) -> list[str]:
+    """Names of the logits' channels: the regions, or background and the labels."""
+    return list(plan.regions) or ["background", *sorted(plan.labels, key=plan.labels.__getitem__)]
 
 
 def _left_out(plan: Plan) -> str:
@@ -117,10 +120,8 @@ def _left_out(plan: Plan) -> str:
 
 
 def _meaning(plan: Plan) -> str:
-    if plan.regions:
-        return f"one channel per region ({', '.join(plan.regions)}), inside where its sigmoid is at least 0.5"
-    names = {value: name for name, value in plan.labels.items()}
-    return f"one channel per class ({', '.join(['background', *(names[value] for value in plan.values[1:])])}), of which the largest counts"
+    counts = "inside where its sigmoid is at least 0.5" if plan.regions else "of which the largest counts"
+    return f"one channel per {'region' if plan.regions else 'class'} ({', '.join(_channels(plan))}), {counts}"
 
 
 def _voxels(plan: Plan) -> str:

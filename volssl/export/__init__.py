@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from volssl import __version__
 from volssl.files import BadInput, Outcome, check_out, claim_out, write_json
+from volssl.nets.sides import side_fault, triple
 
 # Format -> its function `(source, options) -> write`: it checks all that can be wrong with a run or bundle; `write(folder)` then fills an
 # empty folder and gives a line on what it wrote.
@@ -75,6 +77,29 @@ def checked(formats: str | Sequence[str] | None) -> tuple[str, ...]:
     if unknown := [to for to in named if to not in FORMATS]:
         raise BadInput(f"export: must be among {', '.join(FORMATS)}; found {', '.join(unknown)}")
     return named
+
+
+def norm_of(architecture: Mapping[str, Any]) -> str:
+    """The normalisation of a card's or plan's architecture; the backbones' own default is not written into every one."""
+    return architecture["arguments"].get("norm", "batch")
+
+
+def patch_of(given: Sequence[int] | None, known: Sequence[int] | None, net: Any, norm: str) -> tuple[int, int, int]:
+    """Sides in voxels of what a network is exported for: those given, else those known of it.
+
+    Args: net: backbone or encoder; its `stride`, or the last of its `strides`, must divide them. norm: its normalisation.
+    Raises: BadInput: neither is there, or the network cannot take them.
+    """
+    sides = given or known
+    if sides is None:
+        raise BadInput(
+            "--patch X,Y,Z: must be given, since the bundle's card does not say what it was trained on; such as --patch 64,64,64"
+        )
+    patch_vox = triple(sides)
+    stride = net.strides[-1] if hasattr(net, "strides") else net.stride
+    if (fault := side_fault(patch_vox, stride, norm=norm, batch=1)) is not None:
+        raise BadInput(f"--patch: {fault}")
+    return patch_vox
 
 
 def prove(bundle: Path, formats: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 import volssl
-from volssl.export import Options, Writer
+from volssl.export import Options, Writer, norm_of, patch_of
 from volssl.export.bundle import load_encoder
 from volssl.export.monai_schema import SCHEMA, SCHEMA_URL
 from volssl.files import BadInput, atomic, write_json, write_text
-from volssl.nets.sides import side_fault
 from volssl.nets.standalone import EncoderNetwork
 
 ENTRY = "volssl.nets.standalone"
@@ -65,12 +65,7 @@ def export(source: Path, options: Options) -> Writer:
     options.refuse("monai", "patch", "channels")
     loaded, card = load_encoder(source, in_channels=options.channels)
     encoder: Any = loaded
-    patch_vox = options.patch or (tuple(card["patch_vox"]) if card.get("patch_vox") else None)
-    if patch_vox is None:
-        raise BadInput(
-            "--patch X,Y,Z: must be given, since the bundle's card does not say what it was trained on; such as --patch 64,64,64"
-        )
-    check_patch(patch_vox, encoder.strides[-1], card["architecture"]["arguments"].get("norm", "batch"))
+    patch_vox = patch_of(options.patch, card.get("patch_vox"), encoder, norm_of(card["architecture"]))
     intensity, channels = card["intensity"], options.channels or card["in_channels"]
     built = card["architecture"]["arguments"] | {"in_channels": channels}
     definition = {"name": card["architecture"]["name"], "arguments": built, "zscore": intensity["normalisation"] == "zscore"}
@@ -97,12 +92,6 @@ def export(source: Path, options: Options) -> Writer:
         text=_finetuning(definition) + f"Cite: {'; '.join(card['citations'])}\n\n{card['licence']}\n",
     )
     return lambda out: write(out, contents, patch_vox)
-
-
-def check_patch(patch_vox: Sequence[int], stride: tuple[int, int, int], norm: str) -> None:
-    """Raises: BadInput: patch sides that the network cannot take."""
-    if (fault := side_fault(patch_vox, stride, norm=norm, batch=1)) is not None:
-        raise BadInput(f"--patch: {fault}")
 
 
 def image_format(modality: str, channels: Sequence[str], patch_vox: Sequence[int]) -> dict[str, Any]:
@@ -162,7 +151,8 @@ def write(out: Path, contents: Contents, patch_vox: Sequence[int]) -> str:
     write_text(out / "docs" / "README.md", _readme(contents))
     write_text(out / "LICENSE", licence())
     prove(out, contents.network, (2, contents.image["num_channels"], *patch_vox))
-    return f"MONAI bundle, patches of {'x'.join(map(str, patch_vox))}; verified offline, its network loaded without volssl"
+    verified = "verified offline" if find_spec("jsonschema") else "its metadata not verified, for which MONAI needs jsonschema"
+    return f"MONAI bundle, patches of {'x'.join(map(str, patch_vox))}; {verified}; its network loaded without volssl"
 
 
 def copied() -> dict[str, str]:

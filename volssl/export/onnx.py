@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from volssl import __version__
-from volssl.export import Options, Writer
+from volssl.export import Options, Writer, norm_of, patch_of
 from volssl.export.bundle import load_encoder
 from volssl.files import BadInput, atomic, write_json, write_text
-from volssl.nets.sides import side_fault
 
 LARGEST_DIFFERENCE = 1e-4  # between torch and ONNX Runtime, absolute
 LARGEST_SHARE = 1e-5  # of the outputs' largest value, where that allows more: what float32 keeps of large values
@@ -36,12 +36,7 @@ def export(source: Path, options: Options) -> Writer:
     libraries()
     loaded, card = load_encoder(source, in_channels=options.channels)
     encoder: Any = loaded
-    patch_vox = options.patch or (tuple(card["patch_vox"]) if card.get("patch_vox") else None)
-    if patch_vox is None:
-        raise BadInput(
-            "--patch X,Y,Z: must be given, since the bundle's card does not say what it was trained on; such as --patch 64,64,64"
-        )
-    check_sides(encoder, patch_vox, norm=card["architecture"]["arguments"].get("norm", "batch"))
+    patch_vox = patch_of(options.patch, card.get("patch_vox"), encoder, norm_of(card["architecture"]))
     shape = (1, options.channels or card["in_channels"], *patch_vox)
 
     def write(out: Path) -> str:
@@ -54,13 +49,6 @@ def export(source: Path, options: Options) -> Writer:
         return f"encoder.onnx, patches of {'x'.join(map(str, patch_vox))}; ONNX Runtime differs from torch by at most {difference:.1e}"
 
     return write
-
-
-def check_sides(net: Any, patch_vox: Sequence[int], *, norm: str) -> None:
-    """Raises: BadInput: patch sides that the network cannot take."""
-    stride = net.strides[-1] if hasattr(net, "strides") else net.stride
-    if (fault := side_fault((patch_vox[0], patch_vox[1], patch_vox[2]), stride, norm=norm, batch=1)) is not None:
-        raise BadInput(f"--patch: {fault}")
 
 
 def libraries() -> tuple[ModuleType, ModuleType]:
@@ -182,12 +170,12 @@ def _anonymous(model: Any, onnx: ModuleType) -> Any:
     return model
 
 
-class _quiet:
-    """torch's exporter tells at length that torchvision, which nothing here needs, is not installed."""
-
-    def __enter__(self) -> None:
-        self.before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self.before)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # torch's exporter tells at length that torchvision, which nothing here needs, is not installed.
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

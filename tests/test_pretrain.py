@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from volssl import pretrain, running
 from volssl.__main__ import run_verb
@@ -132,6 +133,31 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_store, whole, tmp_pat
     train(tiny_store, out, override, resume=True)
     assert same(state(out), state(whole))
     assert untimed(out) == untimed(whole)
+
+
+def test_a_momentum_target_resumes_to_the_bit_and_stays_out_of_the_bundle(tiny_store, whole, tmp_path, monkeypatch):
+    settings = ["method.comparison.target=momentum", "method.comparison.momentum=0.5"]
+    train(tiny_store, tmp_path / "whole", *settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "_step", _killed_at(6, pretrain._step))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_store, tmp_path / "part", *settings, "saving.checkpoint_every=3")
+    assert state(tmp_path / "part")["steps_done"] == 3
+    train(tiny_store, tmp_path / "part", *settings, "saving.checkpoint_every=3", resume=True)
+    assert same(state(tmp_path / "part"), state(tmp_path / "whole")) and untimed(tmp_path / "part") == untimed(tmp_path / "whole")
+    made, plain = state(tmp_path / "whole"), state(whole)
+    assert {k for k in made["method"] if not k.startswith("target.")} == plain["method"].keys()
+    weights = ("weight", "bias")
+    moved = {k: v for k, v in made["method"].items() if k.startswith("target.net.") and k.endswith(weights)}
+    assert moved and not any(torch.equal(v, made["method"][k.removeprefix("target.")]) for k, v in moved.items() if v.ndim > 1)
+    for name in ("encoder", "decoder"):
+        held, held_before = (load_file(run / "bundle" / f"{name}.safetensors") for run in (tmp_path / "whole", whole))
+        assert held.keys() == held_before.keys()
+        assert all(torch.equal(value, made["method"][f"net.{name}.{key}"]) for key, value in held.items()), "the trained weights"
+    params = [s["optimizers"]["all"]["param_groups"][0]["params"] for s in (made, plain)]
+    assert params[0] == params[1], "the optimiser knows nothing of the copy"
+    health = [{k for row in untimed(run) for k in row if k.startswith(("health/", "val/"))} for run in (tmp_path / "whole", whole)]
+    assert health[0] == health[1] and any(k.startswith("health/rank") for k in health[0])
 
 
 @pytest.mark.parametrize("settings", [(1, "device"), (1, "auto"), (2, "workers")], ids=str)

@@ -30,10 +30,11 @@ def test_alone_everything_is_plain():
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_batch_of_both(tmp_path):
+@pytest.mark.parametrize("target", ["stop_gradient", "momentum"])
+def test_two_processes_equal_one_with_the_batch_of_both(tmp_path, target):
     store = make_store(tmp_path / "store")
     # Steps so small that rounding is not blown up by the training itself: every step is then a check of the same sums.
-    settings = ["training.steps=4", "training.lr=1e-6", "training.precision=fp32"]
+    settings = ["training.steps=4", "training.lr=1e-6", "training.precision=fp32", f"method.comparison.target={target}"]
     train(store, tmp_path / "one", "patches.batch_size=4", *settings)
     command, environment = torchrun(store, tmp_path / "two", "patches.batch_size=2", *settings)
     subprocess.run(command, check=True, env=environment, timeout=300)

@@ -122,6 +122,19 @@ def test_local_mean_and_sum():
         torch.testing.assert_close(losses_of(total)["compare_locals"], 4 * losses_of(mean)["compare_locals"])
 
 
+def test_target_of_the_comparison():
+    plain, followed = build(comparison={"target": "stop_gradient"}), build(comparison={"target": "momentum", "momentum": 0.0})
+    assert plain.target is None and followed.target.start == 0.0
+    for made in (plain, followed):  # one step of the optimiser, after which the stop-gradient's target has moved with the weights
+        torch.stack(list(losses_of(made).values())).sum().backward()
+        torch.optim.SGD(made.parties()["all"], 0.01).step()
+    with torch.no_grad():
+        stale = losses_of(followed)["compare_globals"]
+        followed.after_step(0.0)  # at momentum 0 the copy is the network
+        torch.testing.assert_close(losses_of(followed)["compare_globals"], losses_of(plain)["compare_globals"], atol=1e-5, rtol=1e-4)
+        assert abs(float(stale - losses_of(followed)["compare_globals"])) > 1e-4
+
+
 def test_number_and_sizes_of_sub_crops():
     made = build(crops={"locals": 5, "local_sizes_vox": [[4, 6, 8]]})
     views = views_of(made)

@@ -75,8 +75,8 @@ class AbstractMethod(nn.Module, ABC):
         """Pooled features (B, D) of the encoder for clean patches on the [0, 1] scale: what a frozen encoder would offer."""
 
     def parties(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by party; each gets an optimiser of its own."""
-        return {"all": list(self.parameters())}
+        """Parameters that learn, by party; each party gets an optimiser of its own."""
+        return {"all": [parameter for parameter in self.parameters() if parameter.requires_grad]}
 
     def compile_views(self) -> None:
         """Compile what of the views pays for it; nothing unless a method says so."""

@@ -25,6 +25,7 @@ from volssl.draws import Draws, generator
 from volssl.files import BadInput
 from volssl.losses import siamese_distance
 from volssl.methods.method import AbstractMethod, Glance, Turn, middle
+from volssl.methods.momentum import MomentumTarget
 from volssl.nets.blocks import Norm
 from volssl.nets.composed import shared_kernels
 from volssl.nets.heads import ComparisonHead, MidRestorationHead, RestorationHead, precise
@@ -79,7 +80,9 @@ class Comparison:
         (the reference code), or one scale is "shared" by all terms of a step (the paper). decoder_scales: the decoder's maps that are
         drawn from, here and for the restoration, counted from the coarsest, 0; none named means all. norm: in the heads: "batch" over the
         samples of the step, of which there must be two; "group" over groups of a sample's channels and "instance" over all of them
-        (a pooled vector has no voxels to normalise over), both of which can take a batch of one.
+        (a pooled vector has no voxels to normalise over), both of which can take a batch of one. target: what is predicted: projections
+        of the trained network under a "stop_gradient" (the reference code, SimSiam), or of a copy that follows it by "momentum" (BYOL).
+        momentum: of that copy at the start, in [0, 1]; it rises to 1 over the run by a cosine, see `momentum_at`.
     """
 
     globals: float = 1.0
@@ -88,6 +91,12 @@ class Comparison:
     scales: Literal["each", "shared"] = "each"
     decoder_scales: tuple[int, ...] = ()
     norm: Norm = "batch"
+    target: Literal["stop_gradient", "momentum"] = "stop_gradient"
+    momentum: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum <= 1:
+            raise BadInput(f"momentum must lie in [0, 1]; found {self.momentum}")
 
 
 @dataclass(frozen=True)
@@ -163,11 +172,17 @@ class PCRLv2(AbstractMethod):
         self.comparison_heads = nn.ModuleDict({str(s): ComparisonHead(channels[s], norm=comparison.norm) for s in compared})
         self.mid_heads = nn.ModuleDict({str(s): MidRestorationHead(channels[s], kind=restoration.head, norm=norm) for s in restored})
         self.final_head = nn.Conv3d(channels[-1], 1, 1) if restored and restoration.final else None
+        follows = comparison.target == "momentum" and len(compared) > 0
+        self.target = MomentumTarget(self.net, self._projectors(), start=comparison.momentum) if follows else None
 
     @property
     def encoder(self) -> nn.Module:
         """The backbone's encoder: what a bundle holds."""
         return self.net.encoder
+
+    def _projectors(self) -> dict[str, nn.Module]:
+        heads: dict[str, Any] = dict(self.comparison_heads.items())
+        return {scale: head.projector for scale, head in heads.items()}
 
     def check(self, box_vox: Size, batch_size: int) -> None:
         """Raises: BadInput: sizes that do not fit or divide, a batch that batch normalisation cannot take, nothing to learn from."""
@@ -250,10 +265,13 @@ class PCRLv2(AbstractMethod):
         number, batch = len(views.local_scales) // 2, len(views.one.seen)
         if self.comparison.locals and number:
             maps = [*maps, self.net(views.locals)]
+        seen = (views.one.seen, views.other.seen, views.locals)
+        followed = [self.target(x_BCXYZ) for x_BCXYZ, _ in zip(seen, maps, strict=False)] if self.target is not None else []
 
         @cache
         def embed(view: int, scale: int) -> tuple[Tensor, Tensor]:
-            return self.comparison_heads[str(scale)](maps[view][scale])
+            z, p = self.comparison_heads[str(scale)](maps[view][scale])
+            return (z if self.target is None else self.target.project(followed[view][scale], str(scale))), p
 
         losses = {}
         if self.comparison.globals:
@@ -268,6 +286,11 @@ class PCRLv2(AbstractMethod):
             stacked = torch.stack(distances)
             losses["compare_locals"] = self.comparison.locals * (stacked.mean() if self.comparison.reduction == "mean" else stacked.sum())
         return losses
+
+    def after_step(self, progress: float) -> None:
+        """The momentum target, where there is one, follows the weights that the step left."""
+        if self.target is not None:
+            self.target.follow(self.net, self._projectors(), progress)
 
     @torch.no_grad()
     def pictures(self, views: Views) -> Mapping[str, Tensor]:

@@ -1,0 +1,23 @@
+"""Running means of weights: a copy of a module that follows it from step to step."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+def frozen_copy(net: Net) -> Net:
+    """A copy that no optimiser changes: its parameters take no gradient."""
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(mean: nn.Module, net: nn.Module, *, decay: float) -> None:
+    """mean <- decay * mean + (1 - decay) * net, parameter by parameter; buffers stay. Args: mean: a `frozen_copy` of `net`."""
+    for averaged, parameter in zip(mean.parameters(), net.parameters(), strict=True):
+        averaged.lerp_(parameter, 1 - decay)

@@ -30,6 +30,7 @@ TIMED_STEPS = 5
 FLOAT_BYTES = 4
 RUNNING = 5  # a running fine-tuning holds weights, their mean and the optimiser's two; and the model it leaves
 PRETRAINING = 8  # weights and the optimiser's two, in two checkpoints and one being written, and the bundle
+AVERAGING = 3  # the running mean, in each of those checkpoints
 CELL_BYTES = 200_000  # tables and logs of a cell
 
 
@@ -51,8 +52,9 @@ def _bytes(study: Study, workers: int) -> float:
         model = FLOAT_BYTES * _parameters(plan_of(made, study.table).network())
         total += (left["search"] + left["further"]) * (model + CELL_BYTES) + max(1, workers) * RUNNING * model
         if arm.pretrain is not None:
-            method = method_of(recipes.parse(arm.pretrain, pretrain.PARTS, arm.name))
-            total += left["pretraining"] * PRETRAINING * FLOAT_BYTES * _parameters(method)
+            made = recipes.parse(arm.pretrain, pretrain.PARTS, arm.name)
+            each = PRETRAINING + (AVERAGING if made["training"].average else 0)
+            total += left["pretraining"] * each * FLOAT_BYTES * _parameters(method_of(made))
     return total
 
 

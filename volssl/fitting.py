@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from lightning.fabric import Fabric
 from monai.losses.dice import DiceLoss
 from torch import Tensor, nn
 
+from volssl.averages import frozen_copy, keep_mean
 from volssl.cases import Augmentation, Batch, LabelledPatches
 from volssl.checkpoints import Checkpoints, StopSignal, check_finite
 from volssl.draws import Draws
@@ -147,7 +147,7 @@ def start(plan: Plan, net: SegmentationNet, made: dict[str, Any], patches: Label
     optimisation: Optimisation = made["optimisation"]
     fabric = Fabric(accelerator="auto", devices=1, precision=fabric_precision(optimisation.precision))
     net.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
-    averaged = copy.deepcopy(net).requires_grad_(False).eval()
+    averaged = frozen_copy(net).eval()
     parameters = _groups(net, optimisation.encoder)
     if optimisation.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -196,7 +196,7 @@ def train(current: Run, checkpoints: Checkpoints, journal: Journal, stop: StopSi
         numbers = {f"loss/{name}": value for name, value in check_finite(losses, step=step, scans=batch.case_ids).items()}
         current.fabric.backward(torch.stack(list(losses.values())).sum())
         numbers |= {"grad_norm": _step(current, lr, batch.case_ids), "lr": lr}
-        _average(current, step)
+        keep_mean(current.averaged, current.net, average=settings.average, step=step)
         current.steps_done = step + 1
         clock.samples += len(batch.case_ids)
         if current.steps_done % current.saving.log_every == 0 or current.steps_done == settings.steps:
@@ -280,16 +280,6 @@ def _step(current: Run, lr: float, cases: list[str]) -> float:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm if math.isfinite(norm) else 0.0
-
-
-@torch.no_grad()
-def _average(current: Run, step: int) -> None:
-    # The first steps count less, so that the untrained weights are forgotten at once (as in TensorFlow's moving average).
-    decay = min(current.optimisation.average, (1 + step) / (10 + step)) if current.optimisation.average else 0.0
-    for mean, parameter in zip(current.averaged.parameters(), current.net.parameters(), strict=True):
-        mean.lerp_(parameter, 1 - decay)
-    for mean, buffer in zip(current.averaged.buffers(), current.net.buffers(), strict=True):
-        mean.copy_(buffer)
 
 
 def kept(current: Run) -> SegmentationNet:

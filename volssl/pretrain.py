@@ -13,6 +13,7 @@ from torch import Tensor
 import volssl
 from volssl import export, processes
 from volssl import recipe as recipes
+from volssl.averages import keep_mean
 from volssl.checkpoints import Checkpoints, StopSignal, Terms
 from volssl.export import bundle
 from volssl.files import BadInput, Outcome, claim_out, track
@@ -72,7 +73,7 @@ def run(
         return Outcome(out, message=f"stopped by a signal after step {current.steps_done}; continue with --resume", finished=False)
     if processes.rank() == 0:
         finished = dataclasses.replace(card, steps=current.steps_done)
-        bundle.write(out / "bundle", method.encoder, finished, decoder=method.net.decoder)
+        bundle.write(out / "bundle", current.kept.encoder, finished, decoder=current.kept.decoder)
         for to in formats:
             if to != "bundle":
                 export.run(out / "bundle", to=to, out=out / to, overwrite=True)
@@ -137,6 +138,8 @@ def play(current: Run, patches: list[Any], step: int) -> tuple[list[Any], dict[s
     for party, losses in _turns(current, views, step / training.steps):
         sums |= losses | {f"grad_norm/{party}": _step(current, party, lr_of(training, step))}
     current.method.after_step(step / training.steps)
+    if current.averaged is not None:
+        keep_mean(current.averaged, current.method.net, average=training.average, step=step)
     current.steps_done = step + 1
     return views, sums
 

@@ -14,6 +14,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from volssl import compiling, processes
+from volssl.averages import frozen_copy
 from volssl.draws import Draws
 from volssl.files import BadInput
 from volssl.methods.method import AbstractMethod, without_weights
@@ -33,7 +34,8 @@ class Training:
         steps: optimiser steps. accumulate: batches per step. lr: peak. warmup: share of the steps in which it rises; then cosine to 0.
         optimizer: sgd (momentum 0.9, the reference's) or adamw. clip: largest gradient norm, 0 for none.
         precision: auto is bf16 on CUDA and on a CPU with bf16 dot products, else fp32; fp16 scales the loss.
-        compile: see `compiling.speed_up`.
+        compile: see `compiling.speed_up`. average: decay of the running mean of the net's weights, which is then what the bundle holds,
+        see `keep_mean`; 0 keeps the last weights.
     """
 
     steps: int = 75_000
@@ -45,9 +47,12 @@ class Training:
     clip: float = 0.0
     precision: Precision = "auto"
     compile: compiling.Compile = "auto"
+    average: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.average < 1:
+            raise BadInput(f"average must lie in [0, 1); found {self.average}")
         if self.steps < 1 or self.accumulate < 1 or self.lr <= 0 or not 0 <= self.warmup <= 1:
             raise BadInput(
                 f"steps >= 1, accumulate >= 1, lr > 0 and warmup in [0, 1] must hold; "
@@ -66,12 +71,19 @@ class Run:
     plan: PatchPlan
     store: Store
     out: Path
+    averaged: Any = None
     steps_done: int = 0
     best: float = float("inf")
+
+    @property
+    def kept(self) -> Any:
+        """The backbone that a finished run leaves: the running mean if there is one, or that of the method."""
+        return self.averaged if self.averaged is not None else self.method.net
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values only."""
         scaler = scaler_of(self.fabric)
+        averaged = {"averaged": self.averaged.state_dict()} if self.averaged is not None else {}
         return {
             "version": 1,
             "steps_done": self.steps_done,
@@ -79,12 +91,15 @@ class Run:
             "method": self.method.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": scaler.state_dict() if scaler is not None else {},
+            **averaged,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a checkpoint's state. Raises: BadInput: if it is of another recipe."""
         try:
             self.method.load_state_dict(state["method"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["averaged"])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
         except (RuntimeError, KeyError, ValueError) as error:
@@ -99,6 +114,7 @@ def start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], *, store
     """The method on its device with an optimiser per party. Args: made: the recipe's parts `training` and `patches`."""
     training: Training = made["training"]
     method.to(fabric.device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
+    averaged = frozen_copy(method.net) if training.average else None
     compiling.speed_up(method, training.compile, device=fabric.device, steps=training.steps)
     optimizers = {}
     for party, parameters in method.parties().items():
@@ -107,7 +123,7 @@ def start(fabric: Fabric, method: AbstractMethod, made: dict[str, Any], *, store
         else:
             optimizer = torch.optim.AdamW(parameters, training.lr, weight_decay=training.weight_decay)
         optimizers[party] = fabric.setup_optimizers(optimizer)
-    return Run(fabric, method.train(), optimizers, training, made["patches"], store, out)
+    return Run(fabric, method.train(), optimizers, training, made["patches"], store, out, averaged)
 
 
 def world_size() -> int:

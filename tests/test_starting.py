@@ -115,12 +115,32 @@ def test_the_decoder_comes_along_as_far_as_it_fits(net):
     plan = plan_of(settings, table(), source)
     built, scratch = first_weights(plan, source, made=settings, seed=3), first_weights(plan, None, made=settings, seed=3)
     said = taken(plan, built, source, settings["weights"])["weights"]["decoder"]
-    assert [name.rsplit("steps.")[1] for name in said["left_at_random"]] == ["0.block.conv.weight", "1.block.conv.weight"]
+    assert [name.rsplit("steps.")[1] for name in said["untrained_for_skips"]] == ["0.block.conv.weight", "1.block.conv.weight"]
     state, untrained = built.net.decoder.state_dict(), scratch.net.decoder.state_dict()
     assert said["loaded"] == len(state) - 2
     assert source.decoder is not None
     for name, tensor in state.items():
-        assert torch.equal(tensor, untrained[name] if name in said["left_at_random"] else source.decoder[name]), name
+        below = source.decoder[name].shape[1] if tensor.ndim == 5 else None
+        assert torch.equal(tensor[:, :below] if below else tensor, source.decoder[name]), name
+        if name in said["untrained_for_skips"]:
+            assert torch.equal(tensor[:, below:], untrained[name][:, below:]) and tensor.shape[1] > below, name
+
+
+def test_a_decoder_that_reads_nothing_from_its_skips_gives_the_maps_of_the_bundle():
+    source = given(decoder=True)
+    settings = made(MR_RECIPE, net="unet", preparation="card", across_modalities=True, decoder=True)
+    plan = plan_of(settings, table(), source)
+    built = first_weights(plan, source, made=settings, seed=3).net.eval()
+    without = UNet(1, width=2, depth=3, norm="batch", skips=False).eval()
+    without.encoder.load_state_dict(source.state)
+    without.decoder.load_state_dict(source.decoder)
+    with torch.no_grad():
+        for step in built.decoder.steps:
+            step.block.conv.weight[:, step.up.in_channels :] = 0
+        image = torch.rand(1, 1, 16, 16, 16)
+        found = built(image.repeat(1, len(table().channels), 1, 1, 1))
+        for one, other in zip(found, without(image), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_a_decoder_that_differs_in_more_than_skips_is_refused():

@@ -331,6 +331,13 @@ def test_shipped_recipes_hold(name):
     assert len(steps) == 1
 
 
+def test_an_arm_may_take_the_decoder_of_its_pretraining():
+    values = {key: value for key, value in RECIPE.items() if key != "verb"}
+    over = {"finetune": {"weights": {"decoder": True}}}
+    arms = {"scratch": {}, "without": {"pretrain": {}, **over}, "with": {"pretrain": {"net": {"skips": True}}, **over}}
+    assert faults_of(planned(values | {"arms": arms}, "r"), _table(None), [(1.0, 1.0, 1.0)]) == []
+
+
 @pytest.mark.slow
 def test_a_quick_study_of_phantoms(tmp_path):
     assert run_verb("phantom", {"out": tmp_path / "data", "cases": 8, "organs": True, "size": 40, "seed": 0}) == 0

@@ -236,7 +236,8 @@ def _untrained(values: dict[str, Any], plan: Plan) -> bundle.Bundle:
     method = pretrain.method_of(made)
     method.check(made["patches"].box_vox, made["patches"].batch_size)
     card = pretrain.card_of(made, values, Store(Path(), about_of(plan.prepare), []), method)
-    return bundle.Bundle(method.encoder.state_dict(), dataclasses.asdict(card), method.net.decoder.state_dict())
+    about = dataclasses.asdict(card) | {"decoder": {"skips": bool(method.net.decoder.skips)}}
+    return bundle.Bundle(method.encoder.state_dict(), about, method.net.decoder.state_dict())
 
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,6 @@ def taken(plan: Plan, net: SegmentationNet, given: bundle.Bundle | None, weights
         "channels": weights.channels if given.card["in_channels"] != len(plan.channels) else "as the bundle's",
     }
     if weights.decoder:
-        left = bundle.unfit(net.net.decoder, given)
-        said["decoder"] = {"loaded": len(net.net.decoder.state_dict()) - len(left), "left_at_random": left}
+        partly = bundle.unfit(net.net.decoder, given)
+        said["decoder"] = {"loaded": len(net.net.decoder.state_dict()) - len(partly), "untrained_for_skips": partly}
     return {"weights_sha256": given.card["sha256"], "weights": said}

@@ -300,7 +300,7 @@ def into(module: nn.Module, bundle: Bundle, *, part: NetPart = "encoder", channe
 
 
 def unfit(decoder: nn.Module, bundle: Bundle) -> list[str]:
-    """The decoder's tensors that the bundle's decoder cannot give: without skips its convolutions read fewer channels.
+    """The decoder's tensors that the bundle's decoder can give in part alone: without skips its convolutions read fewer channels.
 
     Raises: BadInput: no decoder in the bundle, or one that differs in more than the channels that skips bring.
     """
@@ -312,9 +312,16 @@ def unfit(decoder: nn.Module, bundle: Bundle) -> list[str]:
 
 
 def into_decoder(decoder: nn.Module, bundle: Bundle) -> None:
-    """Load the bundle's decoder by name; where the skips of `decoder` bring more channels, its own tensors stay (see `unfit`)."""
-    own, left = decoder.state_dict(), unfit(decoder, bundle)
-    decoder.load_state_dict({**(bundle.decoder or {}), **{name: own[name] for name in left}}, strict=True)
+    """Load the bundle's decoder by name; where skips bring more channels (see `unfit`), the kernels that read them stay as they are.
+
+    The skips' channels come after those from below in every decoder of `volssl.nets`, so the bundle's kernels read what they read before.
+    """
+    own, given = decoder.state_dict(), dict(bundle.decoder or {})
+    for name in unfit(decoder, bundle):
+        kernel = own[name].clone()
+        kernel[:, : given[name].shape[1]] = given[name]
+        given[name] = kernel
+    decoder.load_state_dict(given, strict=True)
 
 
 def _given(bundle: Bundle, part: NetPart, target: dict[str, Tensor], channels: Channels = "repeat") -> dict[str, Tensor]:

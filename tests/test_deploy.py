@@ -4,12 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tests.export.test_bundle import card
 from tests.export.test_monai import run_bundle
 from tests.labelled import blobs
 from volssl import deploy, export, predict
 from volssl.archive import read_label, write_nifti
-from volssl.export import Options
+from volssl.export import Options, bundle
 from volssl.files import BadInput
 from volssl.nets.unet import UNet
 from volssl.segment import Inference, Model, Plan, Preparation, read_model, write_model
@@ -60,6 +62,24 @@ def test_the_verb_predicts_from_the_exported_folder_as_from_the_run(tmp_path):
     found = [read_label(tmp_path / f"from_{source}" / "scan.nii.gz").array_CXYZ for source in ("run", "onnx")]
     np.testing.assert_array_equal(*found)
     assert len(np.unique(found[0])) > 1
+
+
+def test_four_channels_fine_tuned_from_an_encoder_of_one_give_the_same_labels_by_the_graph(tmp_path):
+    torch.manual_seed(1)
+    one = UNet(1, width=2, depth=2, norm="instance")
+    written = bundle.write(tmp_path / "bundle", one.encoder, card(one, architecture={"name": "unet", "arguments": one.arguments}))
+    plan = read_model(run_of(tmp_path / "run", channels=4)).plan
+    network = plan.network()
+    bundle.into(network.net.encoder, bundle.load_bundle(written))
+    before = [value.clone() for value in network.net.encoder.parameters()]
+    F.cross_entropy(network(torch.randn(2, 4, 16, 16, 16)), torch.randint(3, (2, 16, 16, 16))).backward()
+    torch.optim.SGD(network.parameters(), 0.5).step()
+    assert all(not torch.equal(*pair) for pair in zip(before, network.net.encoder.parameters(), strict=True) if pair[0].ndim == 5)
+    write_model(tmp_path / "run", Model(plan, network.eval()))
+    export.run(tmp_path / "run", to="onnx", out=tmp_path / "onnx")
+    mine, theirs = read_model(tmp_path / "run").label_map(image(4)), deploy.read(tmp_path / "onnx").label_map(image(4))
+    assert len(np.unique(mine)) > 1
+    np.testing.assert_array_equal(theirs, mine)
 
 
 def test_the_graph_normalises_its_patches_itself(tmp_path):

@@ -242,6 +242,12 @@ def test_cluster_answers_and_loses_only_what_is_lost(tmp_path, cluster):
     assert got == {"hangs": "timeout", "dies": "worker_killed", "dies_once": "lived"} | {str(n): n**2 for n in range(4)}
 
 
+@pytest.mark.slow
+def test_exceptions_come_back_from_a_cluster(cluster):
+    with pytest.raises(ValueError, match="seven"):
+        answers([("a", (("fail", 0),)), ("b", (("square", 1),))], scheduler=cluster.scheduler_address)
+
+
 def kill_the_dask_worker(mark):
     if not Path(mark).exists():
         Path(mark).touch()

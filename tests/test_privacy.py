@@ -8,9 +8,11 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 
 import blosc2
 import nibabel
@@ -45,6 +47,16 @@ if __name__ == "__main__":
         except SystemExit as ended:
             assert ended.code == code, (arguments[0], ended.code)
 """
+# A Dask cluster beside it, which logs all that it can; it ends when its input closes.
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+if __name__ == "__main__":
+    settings = dict(n_workers=2, threads_per_worker=1, dashboard_address=None, worker_dashboard_address=None, silence_logs=False)
+    with LocalCluster(**settings, local_directory=sys.argv[1]) as cluster:
+        print(cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
 SHAPE, SPACING = (44, 40, 36), (1.0, 1.0, 1.0)
 
 
@@ -60,6 +72,28 @@ def volssl(place, *calls):
         said.write(done.stdout + done.stderr)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+@contextmanager
+def dask_cluster(place):
+    """The address of a cluster in processes of its own. Left: what it says in cluster.txt, what it writes in the folder cluster."""
+    pytest.importorskip("distributed")
+    scratch = place / "cluster"
+    (scratch / "tmp").mkdir(parents=True)
+    environment = os.environ | {"DASK_LOGGING__DISTRIBUTED": "debug", "TMPDIR": str(scratch / "tmp"), "BLOSC_NTHREADS": "1"}
+    command = [sys.executable, place / "cluster.py", scratch]
+    (place / "cluster.py").write_text(CLUSTER)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with open(place / "cluster.txt", "w") as said:
+        running = subprocess.Popen(command, stderr=said, env=environment, **pipes)
+        assert running.stdout
+        yield running.stdout.readline().strip()
+        # At the end the workers sweep: what they left so far is kept.
+        shutil.copytree(scratch, place / "cluster_at_work", ignore=shutil.ignore_patterns("*.lock", "*.sock"), dirs_exist_ok=True)
+        rest, _ = running.communicate(timeout=60)
+        said.write(rest)
+    (place / "cluster.py").unlink()
+    assert running.returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +188,16 @@ def left(hospital, tmp_path_factory):
         place,
         ("prepare", place / "index", "--out", place / "store", "--workers", "1", "body.margin_mm=0", 3),
         ("prepare", place / "index", "--out", place / "store_alone", "body.margin_mm=0", 3),
+    )
+    with dask_cluster(place) as address:
+        volssl(
+            place,
+            ("prepare", place / "index", "--out", place / "store_dask", "--scheduler", address, "body.margin_mm=0", 3),
+            # No scan is ready so soon: every job is lost.
+            ("prepare", place / "index", "--out", place / "store_late", "--scheduler", address, "--minutes", "0.0001", 2),
+        )
+    volssl(
+        place,
         ("pretrain", "--recipe", "pcrlv2", "--store", place / "store", "--out", pretrained, *overrides, 0),
         *(("export", pretrained, "--to", kind, "--out", place / "exported" / kind, 0) for kind in FORMATS),
         ("embed", pretrained, place / "store", "--out", place / "embedded.parquet", "--per", "patch", "--patches", "2", "--page", 0),
@@ -205,6 +249,16 @@ def test_the_archive_was_used(left):
     assert (left / "store" / "failures.csv").read_text().count("\n") == 5  # a title, and what was spoilt after the index
     assert MARK in (left / "index" / "private" / "files.csv").read_text()
     assert list((left / "pretrained").rglob("events.out*")) and list((left / "pretrained" / "pictures").iterdir())
+
+
+def test_a_cluster_was_used(left):
+    """It prepared the same store, lost jobs, and said what it did."""
+    for path in sorted((left / "store").rglob("*")):
+        assert path.is_dir() or path.read_bytes() == (left / "store_dask" / path.relative_to(left / "store")).read_bytes(), path
+    assert {line.partition(",")[2] for line in (left / "store_late" / "failures.csv").read_text().splitlines()[1:]} == {"timeout"}
+    said = (left / "cluster.txt").read_text()
+    assert said.count("DEBUG") > 100 and "Compute Failed" not in said  # it tells what it was to compute
+    assert list((left / "cluster_at_work").rglob("worker-*"))
 
 
 def test_every_format_was_exported(left):

@@ -155,6 +155,14 @@ def apart(crew: str, bounds: Bounds, function: Callable[..., Any], *args: Any) -
     raise Lost("worker_killed")
 
 
+def _told(crew: str, bounds: Bounds, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, Any]:
+    # Whether it answered, and the answer or the exception. A Dask worker would log an exception that is raised, with the arguments: paths.
+    try:
+        return True, apart(crew, bounds, function, *args)
+    except Exception as error:
+        return False, error
+
+
 def dismiss(crew: str) -> None:
     """End all children of a run in this process; it gets no new ones."""
     own = _crews.setdefault(crew, _Crew())
@@ -213,13 +221,14 @@ class _Hands:
     lost: tuple[type[BaseException], ...] = ()
 
     def submit(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
-        return self.executor.submit(apart, self.crew, self.bounds, function, *args)
+        return self.executor.submit(_told, self.crew, self.bounds, function, args)
 
     def answer(self, future: Future[Any]) -> Any:
         try:
-            return future.result()
-        except Lost as lost:
-            return lost
+            answered, answer = future.result()
+            if answered or isinstance(answer, Lost):
+                return answer
+            raise answer
         except self.lost:
             return Lost("worker_killed")
         except CancelledError:

@@ -298,9 +298,14 @@ def _differences(array_CXYZ: np.ndarray, steps: int) -> np.ndarray:
 
 def _sum(made_CXYZ: np.ndarray, steps: int) -> None:
     """The voxels back, in place, from differences that begin at a multiple of `steps`."""
-    sign = made_CXYZ >> 15
-    sign &= LOW_BITS
-    made_CXYZ ^= sign
+    few = made_CXYZ[:, :steps]
+    sign = np.empty(few.shape, np.int16)  # small, so that it stays in the cache and its memory with the process
+    for begin in range(0, made_CXYZ.shape[1], steps):
+        some = made_CXYZ[:, begin : begin + steps]
+        here = sign[:, : some.shape[1]]
+        np.right_shift(some, 15, out=here)
+        here &= LOW_BITS
+        some ^= here
     for at in range(1, min(steps, made_CXYZ.shape[1])):
         here = made_CXYZ[:, at::steps]
         here += made_CXYZ[:, at - 1 :: steps][:, : here.shape[1]]

@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from volssl.files import BadInput
-from volssl.store import PACKINGS, About, Entry, Store, _differences, _sum, read_about
+from volssl.store import PACKINGS, About, Entry, Store, _differences, _is_cached, _sum, read_about
 
 ABOUT = About(
     spacing_mm=(1.0, 1.0, 2.5), modality="CT", window=(-1000.0, 1000.0), clip=(-1024.0, 3071.0), recipe={"spacing_mm": [1, 1, 2.5]}
@@ -207,9 +207,24 @@ def test_hints_name_the_bytes_of_the_chunks_that_a_box_touches(tmp_path, monkeyp
     for number in range(schunk.nchunks):
         content = file[ends[number] : ends[number + 1]]
         assert content == (b"" if number in (1, 25) else schunk.get_chunk(number))
-    hinted = []
+    hinted, cached = [], set()
     monkeypatch.setattr(os, "posix_fadvise", lambda handle, begin, length, advice: hinted.append((begin, length)))
+    monkeypatch.setattr("volssl.store._is_cached", lambda handle, place: place in cached)
     box = store.read_box("S1", (60, 3, 130), (10, 20, 62))
     np.testing.assert_array_equal(box, array[:, 60:70, 3:23, 130:192])
     # Chunks are counted along C, X, Y, Z: 2 x 3 x 2 x 4 of them.
     assert hinted == [(ends[n], ends[n + 1] - ends[n]) for n in (2, 10, 26, 34)]
+    # Nothing is asked for whose first and last byte are in memory.
+    hinted.clear()
+    cached |= {ends[2], ends[3] - 1, ends[10], ends[27] - 1}
+    store.read_box("S1", (60, 3, 130), (10, 20, 62))
+    assert hinted == [(ends[n], ends[n + 1] - ends[n]) for n in (10, 26, 34)]
+
+
+def test_bytes_in_memory_are_told_from_those_on_the_disk(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    handle = os.open(tmp_path / "file", os.O_RDONLY)
+    assert _is_cached(handle, 0) and _is_cached(handle, 99_999)
+    assert not _is_cached(handle, 100_000)  # behind the end
+    os.close(handle)
+    assert not _is_cached(handle, 0)  # it says nothing

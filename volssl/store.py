@@ -80,7 +80,8 @@ class Entry:
 
     def row(self) -> dict[str, str]:
         """As text for manifest.csv; numbers of one cell are separated by blanks and come back exactly."""
-        return {key: " ".join(map(repr, value)) if isinstance(value, tuple) else _text(value) for key, value in asdict(self).items()}
+        values = {key: "" if value is None else value for key, value in asdict(self).items()}
+        return {key: " ".join(map(repr, value)) if isinstance(value, tuple) else str(value) for key, value in values.items()}
 
     @classmethod
     def of(cls, row: dict[str, str]) -> Entry:
@@ -114,10 +115,18 @@ class _Open:
             for place in itertools.product(range(counts[0]), x, y):
                 row = ((place[0] * counts[1] + place[1]) * counts[2] + place[2]) * counts[3]
                 begin, end = int(self.ends[row + z[0]]), int(self.ends[row + z[-1] + 1])
-                if end > begin:
+                if end > begin and not (_is_cached(handle, begin) and _is_cached(handle, end - 1)):
                     os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(handle)
+
+
+def _is_cached(handle: int, place: int) -> bool:
+    # Whether this byte of a file is in memory: far cheaper than a hint for what is there. Some file systems do not tell.
+    try:
+        return os.preadv(handle, [bytearray(1)], place, os.RWF_NOWAIT) == 1
+    except OSError:
+        return False
 
 
 def _chunk_ends(path: Path, array: Any) -> np.ndarray | None:
@@ -298,12 +307,10 @@ def _differences(array_CXYZ: np.ndarray, steps: int) -> np.ndarray:
 
 def _sum(made_CXYZ: np.ndarray, steps: int) -> None:
     """The voxels back, in place, from differences that begin at a multiple of `steps`."""
-    few = made_CXYZ[:, :steps]
-    sign = np.empty(few.shape, np.int16)  # small, so that it stays in the cache and its memory with the process
+    sign = np.empty_like(made_CXYZ[:, :steps])  # small, so that it stays in the cache and its memory with the process
     for begin in range(0, made_CXYZ.shape[1], steps):
         some = made_CXYZ[:, begin : begin + steps]
-        here = sign[:, : some.shape[1]]
-        np.right_shift(some, 15, out=here)
+        here = np.right_shift(some, 15, out=sign[:, : some.shape[1]])
         here &= LOW_BITS
         some ^= here
     for at in range(1, min(steps, made_CXYZ.shape[1])):
@@ -323,10 +330,6 @@ def _one_thread() -> Iterator[None]:
             del os.environ["BLOSC_NTHREADS"]
         else:
             os.environ["BLOSC_NTHREADS"] = before
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 def read_about(path: Path) -> About:

@@ -1,5 +1,6 @@
 """Every file is accounted for, nobody is named, and a patient stands on one side of the split."""
 
+import importlib
 import json
 import shutil
 import stat
@@ -131,8 +132,20 @@ def test_workers_give_the_same_index(hospital, tmp_path):
     (tmp_path / "key").write_text("k" * 40)
     for workers in (0, 2):
         index.build([hospital], out=tmp_path / f"by{workers}", workers=workers, gates=index.Gates(key=tmp_path / "key"))
-    for name in ("index.csv", "summary.json", "failures.csv", "private/sources.jsonl", "private/files.csv"):
+    for name in ("index.csv", "summary.json", "failures.csv", "private/sources.jsonl", "private/files.csv", "quality.html"):
         assert (tmp_path / "by0" / name).read_bytes() == (tmp_path / "by2" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_are_opened_and_pictures_drawn_by_the_workers_alone(hospital, tmp_path, monkeypatch, workers):
+    """What stays in the gathering process is a tail that no worker shortens."""
+    busy = []
+    for module, name in (("volssl.archive", "is_dicom"), ("volssl.dicom", "_slice"), ("volssl.quality", "planes_png")):
+        kept = getattr(importlib.import_module(module), name)
+        monkeypatch.setattr(f"{module}.{name}", lambda *args, kept=kept, name=name, **named: busy.append(name) or kept(*args, **named))
+    index.build([hospital], out=tmp_path / "index", workers=workers)
+    assert set(busy) == (set() if workers else {"is_dicom", "_slice", "planes_png"})
+    assert "data:image/png" in (tmp_path / "index" / "quality.html").read_text()
 
 
 def test_out_in_use_and_empty_archive_are_refused(hospital, tmp_path):

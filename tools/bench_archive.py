@@ -110,9 +110,10 @@ def _bench_headers(files: Sequence[Path]) -> None:
 
 def _bench_workers(folder: Path, workers: Sequence[int]) -> None:
     for count in workers:
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         index.build([folder / "archive"], out=folder / f"by{count}", workers=count, gates=Gates(thumbnails=False))
-        print(f"index: {count} workers {time.perf_counter() - begun:.1f} s")
+        took, busy = time.perf_counter() - begun, time.process_time() - busy
+        print(f"index: {count} workers {took:.1f} s; CPU of the process that gathers {busy:.2f} s")
 
 
 def _bench_memory(folder: Path, counts: Sequence[int]) -> None:

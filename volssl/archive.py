@@ -80,24 +80,24 @@ class Findings:
 def find(paths: Sequence[Path], *, over: Callable[..., Iterable[Any]] = map) -> Findings:
     """Look through folders (at any depth; links to folders are not followed) and files for scans.
 
-    Args: over: a `map`, possibly that of an executor; parses DICOM headers.
+    Args: over: a `map`, possibly that of an executor; opens files and parses DICOM headers.
     Raises: BadInput: if a path does not exist.
     """
     ignored: dict[Path, str] = {}
     unreadable: dict[Path, str] = {}
     scans: list[Found] = []
-    dicom: list[Path] = []
+    unopened: list[Path] = []
     for path, kind in walk(paths):
-        if kind == "dicom":
-            dicom.append(path)
+        if kind == "unopened":
+            unopened.append(path)
         elif kind == "file":
             scans.append(Found("file", (path,)))
         else:
             (ignored if kind in IGNORED else unreadable)[path] = kind
     series: dict[tuple[str, str, str], list[Slice]] = {}
-    for path, answer in zip(dicom, over(header_or_code, dicom), strict=True):
+    for path, answer in zip(unopened, over(header_or_code, unopened), strict=True):
         if isinstance(answer, str):
-            unreadable[path] = answer
+            (ignored if answer in IGNORED else unreadable)[path] = answer
         else:
             series.setdefault(answer.key, []).append(answer)
     found = [Found("dicom", tuple(one.path for one in slices), tuple(slices)) for slices in series.values()]
@@ -105,9 +105,9 @@ def find(paths: Sequence[Path], *, over: Callable[..., Iterable[Any]] = map) -> 
 
 
 def walk(paths: Sequence[Path], *, is_new: Callable[[int, int], bool] | None = None) -> Iterator[tuple[Path, str]]:
-    """Every file once, in an order of its own, with "dicom", "file", or the code of why it is neither.
+    """Every file once, in an order of its own, with "file", "unopened" (ask `header_or_code`), or the code of why it is no scan.
 
-    Folders that cannot be entered come too. Args: is_new: whether a file, by device and number, was not met before.
+    No file is opened. Folders that cannot be entered come too. Args: is_new: whether a file, by device and number, was not met before.
     Raises: BadInput: if a path does not exist.
     """
     seen: set[tuple[int, int]] = set()
@@ -121,15 +121,17 @@ def walk(paths: Sequence[Path], *, is_new: Callable[[int, int], bool] | None = N
     for path in map(Path, paths):
         if not path.exists():
             raise BadInput(f"archive {path}: must exist; found nothing there")
-        for file, trouble in [(path, "")] if path.is_file() else _inside(path):
-            kind = trouble or _kind(file)
+        for file, trouble in [(path.absolute(), "")] if path.is_file() else _inside(path.absolute()):
             try:
                 facts = os.stat(file)  # noqa: PTH116 - a string is faster here, and this is done for every file
                 if stat.S_ISREG(facts.st_mode) and not is_new(facts.st_dev, facts.st_ino):
                     continue  # a link to it, or a second look at its folder
+                kind = _kind(file, facts)
+            except PermissionError:
+                kind = "no_permission"
             except OSError:
-                pass  # its kind says so
-            yield file.absolute(), kind
+                kind = "missing"
+            yield file, trouble or kind
 
 
 def _inside(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -141,28 +143,32 @@ def _inside(folder: Path) -> Iterator[tuple[Path, str]]:
 
     for at, dirs, names in os.walk(folder, onerror=trouble):
         dirs.sort()  # so that nothing depends on the file system's order
-        yield from ((Path(at) / name, "") for name in sorted(names))
+        yield from ((Path(at, name), "") for name in sorted(names))
         yield from troubles
         troubles.clear()
     yield from troubles
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, facts: os.stat_result) -> str:
+    if not stat.S_ISREG(facts.st_mode):
+        return "not_an_image"  # a pipe, a socket: nothing to open
     suffix = _suffix(path)
+    if facts.st_size == 0:
+        return "empty_file" if suffix in IMAGES + UNSUPPORTED else "not_an_image"
+    if suffix in IMAGES:
+        return "file" if os.access(path, os.R_OK) else "no_permission"
+    return "unopened"
+
+
+def _kind_inside(path: Path) -> str:
     try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):
-            return "not_an_image"  # a pipe, a socket: nothing to open
-        if facts.st_size == 0:
-            return "empty_file" if suffix in IMAGES + UNSUPPORTED else "not_an_image"
-        if suffix in IMAGES:
-            return "file" if os.access(path, os.R_OK) else "no_permission"
         if is_dicom(path):
             return "dicom"
     except PermissionError:
         return "no_permission"
     except OSError:
         return "missing"
+    suffix = _suffix(path)
     if suffix in COMPANIONS:
         return "companion"
     if suffix in ZIPPED:
@@ -176,7 +182,9 @@ def _suffix(path: Path) -> str:
 
 
 def header_or_code(path: Path) -> Slice | str:
-    """The header of a DICOM file, or the code of why it has none."""
+    """The header of a DICOM file, or the code of why it has none: what it is instead, or what is wrong with it."""
+    if (kind := _kind_inside(path)) != "dicom":
+        return kind
     try:
         return header(path)
     except Unreadable as error:
@@ -254,7 +262,7 @@ def read_image(path: Path) -> Volume:
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not is_dicom(path):
         raise Unreadable("not_an_image", f"{path}: must be DICOM or one of {', '.join(IMAGES)}; found another kind of file")
-    slices = [header(file) for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) == "dicom"]
+    slices = [header(file) for file in sorted(folder.iterdir()) if file.is_file() and _kind_inside(file) == "dicom"]
     if path.is_file():
         slices = [one for one in slices if one.key == header(path).key]
     keys = {one.key for one in slices if "not_an_image" not in one.faults}

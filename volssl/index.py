@@ -55,34 +55,36 @@ def build(
     private = out / "private"
     fresh = not private.exists()
     private.mkdir(mode=0o700, exist_ok=True)
-    with closing(Spool(private)) as spool, _mapper(workers) as over:
-        _gather(spool, archives, over)
-        failed = {path: kind for path, kind in spool.others(("dicom", "file")) if kind not in archive.IGNORED}
-        ignored = {path: kind for path, kind in spool.others(("dicom", "file")) if kind in archive.IGNORED}
-        total = spool.count_series() + spool.count("file")
-        facts_of = over(partial(_examined, gates), _chained(spool.series(), spool.files("file")))
-        key, rows, prints, places = b"", [], [], {}
-        roots = {Path(path).absolute() for path in archives}
-        with SourcesFile(private) as sources:
-            for facts in (one for several in track(facts_of, total=total, label="index") for one in several):
-                if facts.failure:
-                    failed |= dict.fromkeys(facts.source.files, facts.failure)
-                    continue
-                key = key or claim_key(out, gates.key)
-                rows.append(_row(key, facts, gates))
-                prints.append(facts.prints if rows[-1].usable else ())
-                if rows[-1].usable and facts.place and facts.source.files[0].parent not in roots:
-                    places.setdefault(facts.place[:16], []).append(rows[-1].scan_id)
-                sources.add(rows[-1].scan_id, facts.source)
-            if not rows:
-                _refuse(archives, failed, ignored, leave=[private] * fresh + [out] * made)
-    rows = _with_twins(rows, prints, gates)
-    siblings = ((names[0], other) for names in places.values() if len(names) <= gates.siblings for other in names[1:])
-    rows = split(rows, seed=seed, share=gates.validation_share, twins=siblings)
-    _write_files(out, key, failed=failed, ignored=ignored)
-    write_json(out / "summary.json", _summary(rows, failed, ignored))
-    write_rows(out / "index.csv", rows)
-    write_quality(out, look=Look(gates.thumbnails, gates.vendors))
+    with _mapper(workers) as over:
+        with closing(Spool(private)) as spool:
+            _gather(spool, archives, over)
+            others = dict(spool.others(("unopened", "file")))
+            failed = {path: kind for path, kind in others.items() if kind not in archive.IGNORED}
+            ignored = {path: kind for path, kind in others.items() if kind in archive.IGNORED}
+            total = spool.count_series() + spool.count("file")
+            facts_of = over(partial(_examined, gates), _chained(spool.series(), spool.files("file")))
+            key, rows, prints, places = b"", [], [], {}
+            roots = {Path(path).absolute() for path in archives}
+            with SourcesFile(private) as sources:
+                for facts in (one for several in track(facts_of, total=total, label="index") for one in several):
+                    if facts.failure:
+                        failed |= dict.fromkeys(facts.source.files, facts.failure)
+                        continue
+                    key = key or claim_key(out, gates.key)
+                    rows.append(_row(key, facts, gates))
+                    prints.append(facts.prints if rows[-1].usable else ())
+                    if rows[-1].usable and facts.place and facts.source.files[0].parent not in roots:
+                        places.setdefault(facts.place[:16], []).append(rows[-1].scan_id)
+                    sources.add(rows[-1].scan_id, facts.source)
+                if not rows:
+                    _refuse(archives, failed, ignored, leave=[private] * fresh + [out] * made)
+        rows = _with_twins(rows, prints, gates)
+        siblings = ((names[0], other) for names in places.values() if len(names) <= gates.siblings for other in names[1:])
+        rows = split(rows, seed=seed, share=gates.validation_share, twins=siblings)
+        _write_files(out, key, failed=failed, ignored=ignored)
+        write_json(out / "summary.json", _summary(rows, failed, ignored))
+        write_rows(out / "index.csv", rows)
+        write_quality(out, look=Look(gates.thumbnails, gates.vendors), over=over)
     counts = Counter(row.verdict for row in rows)
     return Outcome(
         out, len(failed), f"{len(rows)} series: {counts['accept']} accepted, {counts['repair']} to repair, {counts['reject']} rejected"
@@ -100,12 +102,12 @@ def _refuse(archives: Sequence[Path], failed: dict[Path, str], ignored: dict[Pat
 
 
 def _gather(spool: Spool, archives: Sequence[Path], over: Callable[..., Iterable[Any]]) -> None:
-    # Every file, and the header of every DICOM file, into the spool.
+    # Every file, and the header of every DICOM file, into the spool. Files are opened by the workers: a slow disk serves several at once.
     for files in _batched(archive.walk(archives, is_new=spool.is_new), 1000):
         spool.add_files(files)
-    batches = over(_headers, _batched(spool.files("dicom"), BATCH))
+    batches = over(_headers, _batched(spool.files("unopened"), BATCH))
     unread: list[tuple[Path, str]] = []
-    for slices, odd in track(batches, total=-(-spool.count("dicom") // BATCH), label=f"headers, {BATCH} files"):
+    for slices, odd in track(batches, total=-(-spool.count("unopened") // BATCH), label=f"headers, {BATCH} files"):
         spool.add_slices(slices)
         unread += odd
     spool.add_files(unread)

@@ -11,6 +11,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from volssl.rows import SOURCES, Row, Sources, parsed
 from volssl.thumbnails import middle_planes, planes_png
 from volssl.volume import Volume
 
+Over = Callable[..., Iterable[Any]]
 SHOWN = {"accept": 6, "repair": 6, "reject": 8}  # thumbnails of each verdict
 MOST_PARTS = 40
 GROUPS = 400  # kinds of series of which samples are kept
@@ -151,8 +153,12 @@ def run(folder: Path, *, look: Look = Look()) -> Outcome:
     raise BadInput(f"{folder}: must be an index or a store; found neither index.csv nor store.json")
 
 
-def write_quality(index: Path, *, look: Look = Look()) -> Path:
-    """Write INDEX/quality.html from what the index left. Returns: the page. Raises: BadInput: no index there."""
+def write_quality(index: Path, *, look: Look = Look(), over: Over = map) -> Path:
+    """Write INDEX/quality.html from what the index left.
+
+    Args: over: a `map`, possibly that of an executor; draws thumbnails.
+    Returns: the page. Raises: BadInput: no index there.
+    """
     tally = Tally()
     samples = {
         "accept": Sample(SHOWN["accept"], lambda row: (row.modality, row.body_part)),
@@ -178,7 +184,9 @@ def write_quality(index: Path, *, look: Look = Look()) -> Path:
         charts=[_chart(name, tally) for name in EDGES],
         sizes=tally.sizes.most_common(8),
         vendors=_vendors(index) if look.vendors else [],
-        shown={verdict: _figures(index, samples[verdict].rows(), SHOWN[verdict]) for verdict in VERDICTS} if look.thumbnails else {},
+        shown=_figures(index, {verdict: list(islice(samples[verdict].rows(), SHOWN[verdict])) for verdict in VERDICTS}, over=over)
+        if look.thumbnails
+        else {},
     )
     write_text(index / "quality.html", page)
     return index / "quality.html"
@@ -248,26 +256,27 @@ def _chart(name: str, tally: Tally) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ thumbnails
 
 
-def _figures(index: Path, rows: Iterable[Row], count: int) -> list[dict[str, Any]]:
-    """Captions with pictures of the first `count` rows; a scan that cannot be drawn says why."""
+def _figures(index: Path, shown: dict[str, list[Row]], *, over: Over) -> dict[str, list[dict[str, Any]]]:
+    """Captions with pictures of the rows of each verdict; a scan that cannot be drawn says why."""
     file = index / "private" / SOURCES
     if not file.is_file():  # the private part was left behind
-        return []
-    sources, figures = Sources(file), []
-    for row in rows:
-        if len(figures) == count:
-            break
-        picture, why = _picture(row, sources)
-        told = [(code, explained(code)[0]) for code in row.reasons]
-        figures.append({"row": row, "facts": _facts(row), "picture": embedded(picture, "png"), "why": why, "told": told})
-    return figures
+        return {verdict: [] for verdict in shown}
+    sources = Sources(file)
+    drawn = iter(over(_picture, [(row, sources[row.scan_id]) for rows in shown.values() for row in rows]))
+    return {verdict: [_figure(row, *next(drawn)) for row in rows] for verdict, rows in shown.items()}
 
 
-def _picture(row: Row, sources: Sources) -> tuple[bytes, str]:
+def _figure(row: Row, picture: bytes, why: str) -> dict[str, Any]:
+    told = [(code, explained(code)[0]) for code in row.reasons]
+    return {"row": row, "facts": _facts(row), "picture": embedded(picture, "png"), "why": why, "told": told}
+
+
+def _picture(what: tuple[Row, archive.Source]) -> tuple[bytes, str]:
+    row, source = what
     if row.shape_vox and float(np.prod(np.array(row.shape_vox, dtype=float))) > LARGEST_VOX:
         return b"", "too large to be drawn here"
     try:
-        volume = _volume(row, sources).reoriented("RAS")
+        volume = _volume(row, source).reoriented("RAS")
     except archive.Unreadable as error:
         return b"", explained(error.code)[0]
     except MemoryError:
@@ -277,11 +286,11 @@ def _picture(row: Row, sources: Sources) -> tuple[bytes, str]:
     return planes_png(middle_planes(array_XYZ), volume.grid.spacing_mm, window=window), ""
 
 
-def _volume(row: Row, sources: Sources) -> Volume:
+def _volume(row: Row, source: archive.Source) -> Volume:
     try:
-        return archive.read_source(sources[row.scan_id])
+        return archive.read_source(source)
     except archive.Unreadable:
-        seen = glimpse(sources[row.scan_id]) if row.verdict == "reject" else None
+        seen = glimpse(source) if row.verdict == "reject" else None
         if seen is None:
             raise
         return seen

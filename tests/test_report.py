@@ -55,7 +55,7 @@ def write_finetuning(folder: Path, values: dict[str, list[float]], weights: str 
     image = np.random.default_rng(0).normal(size=(12, 10, 8))
     mask = (image > 1).astype(np.uint8)
     for number, case in enumerate(list(values)[:2]):
-        case_picture = Overlay(image, mask, mask, (2.0, 2.0, 3.0), {"liver": 1, "lesion": 2})
+        case_picture = Overlay(image, mask, mask, (2.0, 2.0, 3.0), {"liver": (1,), "lesion": (2,)})
         overlay_png(folder / "pictures" / f"overlay_{number:04d}.png", case_picture, title=case)
     return folder
 

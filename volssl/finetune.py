@@ -218,21 +218,21 @@ def _validate(out: Path, model: Model, table: CaseTable, held_out: list[Case], *
         write_nifti(out / "validation" / f"{case.case_id}.nii.gz", predicted, image.grid, np.uint8)
         pair = Pair(case.case_id, Volume(predicted[None], image.grid), reference, targets)
         judged.append(judge_case(pair, protocol))
-        overlay = overlay_of(image, pair.predicted, reference, scores=judged[-1].rows, labels=table.labels)
+        overlay = overlay_of(image, pair, scores=judged[-1].rows)
         # A picture goes into reports that are passed on: it bears the case's number in splits.json, not its name.
         overlay_png(out / "pictures" / f"overlay_{number:04d}.png", overlay, title=f"case {number}")
     summary = write_judged(out / "validation", judged, protocol, evaluation.protocol)
     return Outcome(out, message=f"{headline(summary)} over {len(held_out)} held-out cases and {len(targets)} labels")
 
 
-def overlay_of(image: Volume, predicted: Volume, reference: Volume, *, scores: Sequence[Score], labels: dict[str, int]) -> Overlay:
-    """One segmented case as a picture shows it: RAS+, with its scores."""
+def overlay_of(image: Volume, pair: Pair, *, scores: Sequence[Score]) -> Overlay:
+    """One segmented case as a picture shows it: RAS+, with its scores; of several channels the last (FLAIR of BraTS)."""
     turned = image.reoriented("RAS")
     return Overlay(
-        image_XYZ=turned.array_CXYZ[0],
-        reference_XYZ=reference.reoriented("RAS").array_CXYZ[0],
-        predicted_XYZ=predicted.reoriented("RAS").array_CXYZ[0],
+        image_XYZ=turned.array_CXYZ[-1],
+        reference_XYZ=pair.reference.reoriented("RAS").array_CXYZ[0],
+        predicted_XYZ=pair.predicted.reoriented("RAS").array_CXYZ[0],
         spacing_mm=turned.grid.spacing_mm,
-        labels=labels,
+        targets=pair.targets,
         dice={score.label: score.value for score in scores if score.metric == "dice"},
     )

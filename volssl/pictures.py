@@ -44,15 +44,15 @@ POINTS = 600  # a longer series is drawn as means over as many equal stretches
 class Overlay:
     """One segmented case to draw: arrays of one shape XYZ in RAS+.
 
-    `labels` maps names to values; `dice` holds the score per name that the legend states (None: undefined);
-    `window` holds the values drawn black and white, by default around those of the labelled tissue.
+    `targets` maps the names of labels or of overlapping regions, the largest first, to their values; `dice` holds the score per name that
+    the legend states (None: undefined); `window` holds the values drawn black and white, by default around those of the labelled tissue.
     """
 
     image_XYZ: np.ndarray
     reference_XYZ: np.ndarray
     predicted_XYZ: np.ndarray
     spacing_mm: tuple[float, float, float]
-    labels: Mapping[str, int]
+    targets: Mapping[str, tuple[int, ...]]
     dice: Mapping[str, float | None] = field(default_factory=dict)
     window: tuple[float, float] | None = None
 
@@ -83,10 +83,7 @@ def telling_slice(labels_XYZ: np.ndarray, plane: str) -> int:
 
 
 def overlay_png(path: Path, case: Overlay, *, title: str) -> None:
-    """Draw the image in three planes with the reference (solid) and predicted (dashed) contours, a colour per label.
-
-    Dice of a label stands in the legend, that of a region of several labels beside the title.
-    """
+    """Draw the image in three planes with the reference (solid) and predicted (dashed) contours, a colour per target, with its Dice."""
     shapes = {case.image_XYZ.shape, case.reference_XYZ.shape, case.predicted_XYZ.shape}
     assert len(shapes) == 1, f"image, reference and prediction must have one shape; found {shapes}"
     shown = case.reference_XYZ if (case.reference_XYZ > 0).any() else case.predicted_XYZ
@@ -97,11 +94,11 @@ def overlay_png(path: Path, case: Overlay, *, title: str) -> None:
         row_mm, column_mm = plane_spacing(case.spacing_mm, plane)
         picture = plane_of(case.image_XYZ, plane, position)
         panel.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=row_mm / column_mm, interpolation="bilinear")
-        for colour, value in zip(_colours(len(case.labels)), case.labels.values(), strict=True):
-            _contour(panel, plane_of(case.reference_XYZ, plane, position) == value, colour, "solid")
-            _contour(panel, plane_of(case.predicted_XYZ, plane, position) == value, colour, (0, (2.2, 1.4)))
+        for colour, values in zip(_colours(len(case.targets)), case.targets.values(), strict=True):
+            _contour(panel, np.isin(plane_of(case.reference_XYZ, plane, position), values), colour, "solid")
+            _contour(panel, np.isin(plane_of(case.predicted_XYZ, plane, position), values), colour, (0, (2.2, 1.4)))
         _letters(panel, plane)
-    figure.text(0.012, 0.985, ", ".join([title, *_of_regions(case)]), color="white", fontsize=11, va="top", ha="left")
+    figure.text(0.012, 0.985, title, color="white", fontsize=11, va="top", ha="left")
     _legend(figure, case)
     _save(figure, path)
 
@@ -137,8 +134,8 @@ def restoration_png(path: Path, columns: Mapping[str, np.ndarray], *, window: tu
 def window_of(image_XYZ: np.ndarray, tissue_XYZ: np.ndarray) -> tuple[float, float]:
     """The values to draw black and white: the median of the tissue and seven deviations on either side.
 
-    Never beyond the image's 0.5 and 99.5 % quantiles, and these themselves where no tissue is marked. For a liver in CT
-    this comes to about the soft tissue window, whatever lies around it.
+    Never beyond the 0.5 and 99.5 % quantiles of image and tissue, and the image's themselves where no tissue is marked. For a liver in
+    CT this comes to about the soft tissue window, whatever lies around it.
     """
     values = image_XYZ.ravel()[:: 8 if image_XYZ.size > 1 << 20 else 1]
     low, high = (float(value) for value in np.quantile(values, (0.005, 0.995)))
@@ -147,7 +144,9 @@ def window_of(image_XYZ: np.ndarray, tissue_XYZ: np.ndarray) -> tuple[float, flo
         centre = float(np.median(tissue))
         deviation = 1.4826 * float(np.median(np.abs(tissue - centre)))  # of a normal distribution
         reach = 7 * max(deviation, (high - low) / 60)  # a synthetic image may have tissue without any spread
-        low, high = max(low, centre - reach), min(high, centre + reach)
+        # A tumour may be less than 0.5 % of the image and the brightest of it: it must not be drawn as one white spot.
+        darkest, brightest = (float(value) for value in np.quantile(tissue, (0.005, 0.995)))
+        low, high = max(min(low, darkest), centre - reach), min(max(high, brightest), centre + reach)
     return low, max(high, low + 1e-6)
 
 
@@ -212,7 +211,7 @@ def _three_planes(case: Overlay) -> tuple[Figure, list[Any]]:
 
     x_mm, y_mm, z_mm = (size * step for size, step in zip(case.image_XYZ.shape, case.spacing_mm, strict=True))
     widths, heights = (x_mm, x_mm, y_mm), (y_mm, z_mm, z_mm)
-    gap, head, foot = 0.1, 0.38, 0.24 * (1 + (len(case.labels) - 1) // 4) + 0.34
+    gap, head, foot = 0.1, 0.38, 0.24 * (1 + (len(case.targets) - 1) // 4) + 0.34
     inch_per_mm = (WIDTH_INCH - 4 * gap) / sum(widths)
     tallest = max(heights) * inch_per_mm
     height_inch = head + tallest + foot
@@ -255,10 +254,6 @@ def _score(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _of_regions(case: Overlay) -> list[str]:
-    return [f"{name}: Dice {_score(value)}" for name, value in case.dice.items() if name not in case.labels]
-
-
 def _legend(figure: Figure, case: Overlay) -> None:
     from matplotlib.lines import Line2D
 
@@ -266,7 +261,7 @@ def _legend(figure: Figure, case: Overlay) -> None:
         Line2D([], [], color="white", linewidth=1.3, linestyle="solid", label="reference"),
         Line2D([], [], color="white", linewidth=1.3, linestyle=(0, (2.2, 1.4)), label="prediction"),
     ]
-    for colour, name in zip(_colours(len(case.labels)), case.labels, strict=True):
+    for colour, name in zip(_colours(len(case.targets)), case.targets, strict=True):
         text = name if name not in case.dice else f"{name}: Dice {_score(case.dice[name])}"
         handles.append(Line2D([], [], color=colour, linewidth=3, label=text))
     style = {"frameon": False, "fontsize": 9, "labelcolor": "white", "handlelength": 2.2}

@@ -224,9 +224,8 @@ def _draw(study: Study, arm_name: str, labels: int, number: int) -> str:
     model = read_model(study.folder(Cell(arm.name, labels, study.plan.design.seeds[0], 0, lr)))
     image, reference = read_case(study.shares[0].test[number], study.table)
     predicted = Volume(model.label_map(image)[None], image.grid)
-    targets = targets_of(study.table.labels, study.table.regions)
-    scores = judge_case(Pair(str(number), predicted, reference, targets), Dice()).rows
+    pair = Pair(str(number), predicted, reference, targets_of(study.table.labels, study.table.regions))
     name = f"pictures/case_{number:04d}-{arm_name}-labels_{labels}.png"
-    overlay = overlay_of(image, predicted, reference, scores=scores, labels=study.table.labels)
+    overlay = overlay_of(image, pair, scores=judge_case(pair, Dice()).rows)
     overlay_png(study.out / name, overlay, title=f"case {number}: {arm_name}, {labels} labels")
     return name

@@ -249,7 +249,15 @@ _command(
     },
 )
 _command("finetune", "Train a segmentation network from a bundle or from scratch.", LABELLED)
-_command("detect", "Learn which candidates are nodules, and score those of held-out scans.", LABELLED)
+_command(
+    "detect",
+    "Learn which candidates are nodules, or score new ones by a run that has.",
+    {
+        "recipe": (option(str | None, "To learn: a recipe file, or the name of a shipped recipe."), None),
+        "model": (option(Path | None, "To score: a finished run of detect, in place of a recipe.", metavar="RUN"), None),
+        **{name: kind for name, kind in LABELLED.items() if name != "recipe"},
+    },
+)
 _command(
     "predict",
     "Segment images: one label map each, on the image's grid.",

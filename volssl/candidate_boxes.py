@@ -123,34 +123,48 @@ class Places:
     classes_N: np.ndarray
 
 
-def read_places(path: Path, series: Sequence[str]) -> dict[str, Places]:
-    """The candidates of each of `series`, in the order of the table. Raises: BadInput: no such table, other columns, or faulty rows."""
+def read_places(path: Path, series: Sequence[str] | None = None) -> dict[str, Places]:
+    """The candidates of each of `series`, in the order of the table. Without `series` those of all that the table names, which then needs
+    no column `class`: nothing is learnt from it.
+
+    Raises: BadInput: no such table, other columns, or faulty rows.
+    """
     if not path.is_file():
         raise BadInput(f"boxes.candidates: must be a table beside the data; found no {path.name}")
-    wanted, found, faults = set(series), {name: ([], []) for name in series}, []
-    with open(path, newline="", encoding="utf-8") as lines:
-        rows = csv.reader(lines)
-        header = next(rows, [])
-        lacking = [name for name in ("seriesuid", *PLACE, "class") if name not in header]
-        if lacking:
-            raise BadInput(f"{path.name}: must have the columns seriesuid, {', '.join(PLACE)}, class; {', '.join(lacking)} missing")
-        name_at, class_at, *place_at = (header.index(name) for name in ("seriesuid", "class", *PLACE))
-        for number, row in enumerate(rows, 2):
-            try:
-                name, place, kind = row[name_at], [float(row[at]) for at in place_at], int(row[class_at])
-            except (IndexError, ValueError):
-                faults.append(f"line {number}: {row}")
-                continue
-            if kind not in (0, 1) or not np.isfinite(place).all():
-                faults.append(f"line {number}: {row}")
-            elif name in wanted:
-                found[name][0].append(place)
-                found[name][1].append(kind)
+    found: dict[str, tuple[list[list[float]], list[int]]] = {name: ([], []) for name in series or ()}
+    columns, faults = ("seriesuid", *PLACE, *(("class",) if series is not None else ())), []
+    header, rows = _table(path)
+    if lacking := [name for name in columns if name not in header]:
+        raise BadInput(f"{path.name}: must have the columns {', '.join(columns)}; {', '.join(lacking)} missing")
+    at = [header.index(name) for name in columns]
+    for number, row in enumerate(rows, 2):
+        try:
+            name, place = row[at[0]], [float(row[column]) for column in at[1:4]]
+            kind = int(row[at[4]]) if series is not None else 0
+        except (IndexError, ValueError):
+            faults.append(f"line {number}: {row}")
+            continue
+        if kind not in (0, 1) or not np.isfinite(place).all() or not name:
+            faults.append(f"line {number}: {row}")
+        elif series is None or name in found:
+            places, kinds = found.setdefault(name, ([], []))
+            places.append(place)
+            kinds.append(kind)
     if faults:
-        raise BadInput(
-            f"{path.name}: class must be 0 or 1 and places finite numbers; {len(faults)} row(s) are not: " + "; ".join(faults[:8])
-        )
-    return {name: Places(np.array(at).reshape(-1, 3), np.array(kinds, dtype=np.uint8)) for name, (at, kinds) in found.items()}
+        must = "class must be 0 or 1 and places finite numbers" if series is not None else "places must be finite numbers"
+        raise BadInput(f"{path.name}: {must}; {len(faults)} row(s) are not: " + "; ".join(faults[:8]))
+    if not found:
+        raise BadInput(f"{path.name}: must have rows; found none")
+    return {name: Places(np.array(places).reshape(-1, 3), np.array(kinds, dtype=np.uint8)) for name, (places, kinds) in found.items()}
+
+
+def _table(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as lines:  # spreadsheets put a mark before the first name
+            header, *rows = list(csv.reader(lines)) or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path.name}: must be a table of text (CSV); {error}") from None
+    return header, [row for row in rows if row]
 
 
 def learnt(series: str, places: Places, findings: Findings, *, negatives: int) -> np.ndarray:

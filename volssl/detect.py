@@ -1,113 +1,60 @@
 """Verb detect: which candidates are nodules (LUNA16's false-positive reduction), by an encoder and a linear head on its pooled maps.
 
 Learns from the candidates of the training scans and scores those of the held-out ones. The number of steps is fixed and the last
-weights are kept: the held-out scans choose nothing.
+weights are kept: the held-out scans choose nothing. With `model` a finished run scores new candidates, without labels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-import volssl
 from volssl import recipe as recipes
-from volssl.candidate_boxes import Batch, Boxes, CandidateBoxes, Changes, Places, cropped, cut_boxes, read_places
-from volssl.candidates import PLACE, References, read_references
-from volssl.cases import Folds, cut, labelled_share
+from volssl.candidate_boxes import Batch, CandidateBoxes, Changes, Places, read_places
+from volssl.candidates import References, read_references
+from volssl.cases import labelled_share
 from volssl.checkpoints import Checkpoints, StopSignal, check_finite
-from volssl.compiling import multiplies_bf16
+from volssl.classifier import COLUMNS, PARTS, CandidateNet, autocast, first_net, rows_of, scores, unplaced, write_classifier
 from volssl.datasets import Case, CaseTable, Data, luna16, without_folders
 from volssl.division import divide
 from volssl.draws import Draws
 from volssl.evaluate import headline, write_judged
 from volssl.export import bundle
-from volssl.files import BadInput, Outcome, check_out, claim_out, sha256, track, write_csv, write_json
+from volssl.files import BadInput, Outcome, check_out, claim_out, track, write_csv
 from volssl.finetune import Options, claim_run
-from volssl.fitting import Saving
 from volssl.froc import Candidates, Findings, Scan
 from volssl.journal import Clock, Journal, write_environment
-from volssl.nets.sides import side_fault
 from volssl.protocols.luna16 import Luna16
-from volssl.recipe import Part
 from volssl.schedule import warmup_cosine
-from volssl.segment import Preparation
-from volssl.starting import fits_card
+from volssl.screening import screen
 
-SCHEMA = 1
-COLUMNS = ("seriesuid", *PLACE, "probability")
 KITS = ("evaluationScript/annotations", ".")  # folders of the data with annotations.csv, the challenge's own first
 DEFAULTS = Options()
+OF_LEARNING = ("weights", "fold", "labels", "seed", "split", "resume")  # options that scoring has no use for
 
 
-@dataclass(frozen=True)
-class Learning:
-    """How long and how fast; nothing is frozen. Linear warm-up over the share `warmup`, then cosine to 0; AdamW.
-
-    Attributes: precision: auto is bf16 where the device multiplies it. accept_mismatch: take a bundle although the recipe prepares voxels
-        otherwise than its card says.
-    """
-
-    steps: int = 10_000
-    lr: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 1e-2
-    clip: float = 5.0
-    precision: str = "auto"
-    accept_mismatch: bool = False
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0 or not 0 <= self.warmup <= 1 or self.clip <= 0 or self.precision not in ("auto", "fp32", "bf16"):
-            raise BadInput("steps >= 1, lr > 0, warmup in [0, 1], clip > 0 and precision auto, fp32 or bf16 must hold")
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Boxes scored at once, and whether the mean over mirror images along each axis is taken (eight times the work)."""
-
-    batch: int = 32
-    flips: bool = False
-
-
-PARTS = {
-    "data": Data,
-    "net": "nets",
-    "preparation": Preparation,
-    "folds": Folds,
-    "boxes": Boxes,
-    "changes": Changes,
-    "learning": Learning,
-    "scoring": Scoring,
-    "saving": Saving,
-}
-
-
-class CandidateNet(nn.Module):
-    """An encoder, the mean of its coarsest map, and a linear layer to one logit."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder: Any = encoder
-        self.head = nn.Linear(self.encoder.channels[-1], 1)
-
-    def forward(self, x_B1XYZ: Tensor) -> Tensor:
-        """(B, 1, X, Y, Z) -> logits (B,), float32: above 0 a nodule."""
-        pooled_BC = self.encoder(x_B1XYZ)[-1].float().mean((2, 3, 4))
-        return self.head(pooled_BC)[:, 0]
-
-
-def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULTS) -> Outcome:
+def run(recipe: str | Path | None = None, *, data: Path, out: Path, model: Path | None = None, options: Options = DEFAULTS) -> Outcome:
     """Learn from the candidates of LUNA16's folder `data` and leave a run folder with the model and the held-out candidates' scores.
 
+    Args: model: in place of a recipe, a finished run whose classifier scores the candidates of `data`; see `screening.screen`.
     Raises: BadInput: before `out` is touched for anything that cannot work; NotFinite: for a loss that is not finite.
     """
+    if (recipe is None) == (model is None):
+        raise BadInput(
+            f"detect: either --recipe (to learn) or --model (a run, to score) must be given; found {'both' if recipe else 'neither'}"
+        )
+    if model is not None:
+        if odd := [name for name in OF_LEARNING if getattr(options, name) != getattr(DEFAULTS, name)]:
+            raise BadInput(f"--model: nothing is learnt, so no --{', --'.join(odd)} may be given")
+        return screen(Path(model), data=data, out=out, overwrite=options.overwrite, overrides=options.overrides)
+    assert recipe is not None
     out, root = Path(out), Path(data)
     claim = {"resume": options.resume, "overwrite": options.overwrite}
     inputs = [Path(path) for path in (data, options.weights) if path is not None]
@@ -125,11 +72,17 @@ def run(recipe: str | Path, *, data: Path, out: Path, options: Options = DEFAULT
     boxes = CandidateBoxes(train, places, references.findings, **kept, seed=options.seed)
     claim_out(out, **claim, inputs=inputs)
     splits = _splits(division, train, options, digest=given.card["sha256"] if given else None)
-    claim_run(out, without_folders(values), splits, resume=options.resume, verb="detect")
+    claim_run(out, _without_folders(values), splits, resume=options.resume, verb="detect")
     if not learn(net, boxes, made, out=out, options=options):
         return Outcome(out, message="stopped by a signal; continue with --resume", finished=False)
     write_classifier(out, net, made)
     return validate(out, net, division.held_out, places=places, findings=references.findings, made=made)
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    boxes = values.get("boxes") or {}
+    named = {"boxes": {**boxes, "candidates": Path(boxes["candidates"]).name}} if "candidates" in boxes else {}
+    return without_folders(values) | named
 
 
 def _scans(root: Path, data: Data) -> CaseTable:
@@ -154,25 +107,6 @@ def _splits(division: Any, train: Sequence[Case], options: Options, *, digest: s
     names = {side: [case.case_id for case in cases] for side, cases in sides.items()}
     chosen = {"fold": options.fold, "labels": options.labels, "seed": options.seed, "split": division.source}
     return {**chosen, **names, "weights_sha256": digest}
-
-
-def first_net(made: Mapping[str, Any], given: bundle.Bundle | None, *, seed: int) -> CandidateNet:
-    """The untrained network, its encoder from the bundle if one is given. Raises: BadInput: patch, bundle or recipe that do not fit."""
-    part: Part = made["net"]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        net = part.build(**({"in_channels": 1} if "in_channels" not in part.arguments else {}))
-        made_net = CandidateNet(net.encoder)
-    boxes: Boxes = made["boxes"]
-    if (fault := side_fault(boxes.patch_vox, net.stride, norm=net.arguments["norm"], batch=boxes.batch_size)) is not None:
-        raise BadInput(f"boxes.patch_vox: {fault}")
-    if given is not None:
-        preparation: Preparation = made["preparation"]
-        if preparation.spacing_mm is None and not made["learning"].accept_mismatch:
-            raise BadInput(f"preparation.spacing_mm must be the bundle's, {tuple(given.card['spacing_mm'])}; found null")
-        fits_card(preparation, given.card, accept=made["learning"].accept_mismatch)
-        bundle.into(made_net.encoder, given)
-    return made_net
 
 
 def learn(net: CandidateNet, boxes: CandidateBoxes, made: Mapping[str, Any], *, out: Path, options: Options) -> bool:
@@ -224,7 +158,7 @@ def _step(
     x = made["preparation"].patch(changes.apply(batch, numbers, made["boxes"].patch_vox))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with _autocast(x.device, made["learning"].precision):
+    with autocast(x.device, made["learning"].precision):
         loss = F.binary_cross_entropy_with_logits(net(x.contiguous(memory_format=torch.channels_last_3d)), batch.y_B)
     told = check_finite({"loss/classes": loss}, step=step, scans=batch.case_ids)
     loss.backward()
@@ -233,31 +167,6 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return told
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device.type))
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-@torch.no_grad()
-def scores(net: CandidateNet, case: Case, at_N3: np.ndarray, *, made: Mapping[str, Any]) -> np.ndarray:
-    """Probability (N,) of each of a scan's candidates. Raises: BadInput: a scan that cannot be read, a candidate outside of it."""
-    patch, scoring = made["boxes"].patch_vox, made["scoring"]
-    sides = tuple(side + 2 for side in patch)  # a voxel on each side, for the place between voxels
-    prepared, corners, fractions = cut_boxes(case, at_N3, preparation=made["preparation"], sides_vox=sides)  # pyright: ignore[reportArgumentType]
-    device, found = next(net.parameters()).device, []
-    net.eval()
-    for first in range(0, len(corners), scoring.batch):
-        some = slice(first, first + scoring.batch)
-        x = np.stack([cut(prepared.array_CXYZ, corner, np.array(sides)) for corner in corners[some]])
-        x = torch.from_numpy(np.ascontiguousarray(x)).to(device)
-        batch = Batch(x, torch.from_numpy(fractions[some]).float(), torch.zeros(len(x)), [], prepared.grid.spacing_mm)
-        patches = made["preparation"].patch(cropped(batch, patch)).contiguous(memory_format=torch.channels_last_3d)
-        turns = [[axis for axis in (2, 3, 4) if number >> (axis - 2) & 1] for number in range(8 if scoring.flips else 1)]
-        with _autocast(device, made["learning"].precision):
-            found.append(torch.stack([net(patches.flip(axes)).sigmoid() for axes in turns]).mean(0).float().cpu().numpy())
-    return np.concatenate(found or [np.zeros(0, np.float32)])
 
 
 def validate(
@@ -277,10 +186,9 @@ def validate(
             probability = scores(net, case, of.at_N3, made=made)
         except BadInput as error:
             # Its nodules count as missed: a scan that cannot be read never improves the figures.
-            failures.append({"case": case.case_id, "reason": _without_folders(str(error), case)})
+            failures.append({"case": case.case_id, "reason": unplaced(str(error), case)})
             of, probability = Places(np.zeros((0, 3)), np.zeros(0, np.uint8)), np.zeros(0)
-        for place, value in zip(of.at_N3, probability, strict=True):
-            rows.append(dict(zip(COLUMNS, (case.case_id, *(f"{mm:.6f}" for mm in place), f"{value:.6f}"), strict=True)))
+        rows += rows_of(case, of.at_N3, probability)
         scan = Scan(
             case.case_id, Candidates(of.at_N3, probability.astype(np.float64), of.classes_N), findings.get(case.case_id, Findings())
         )
@@ -292,19 +200,3 @@ def validate(
     auc = summary["metrics"]["nodule"]["auc"]["mean"]
     told = "no AUC, as one class is absent" if auc is None or math.isnan(auc) else f"AUC {auc:.4f}"
     return Outcome(out, failed=len(failures), message=f"{headline(summary)}, {told} over {len(rows)} candidates of {len(held_out)} scans")
-
-
-def _without_folders(text: str, case: Case) -> str:
-    return text.replace(str(case.images[0].parent) + "/", "")
-
-
-def write_classifier(out: Path, net: CandidateNet, made: Mapping[str, Any]) -> None:
-    """Write model.safetensors and, last, model.json."""
-    weights, part = out / "model.safetensors", made["net"]
-    bundle.save_tensors(weights, net.state_dict())
-    told = {"architecture": {"name": part.name, "arguments": part.arguments}, "preparation": asdict(made["preparation"])}
-    boxes = {"patch_vox": list(made["boxes"].patch_vox)}
-    write_json(
-        out / "model.json",
-        {"schema": SCHEMA, "task": "candidates", "volssl_version": volssl.__version__, **told, **boxes, "sha256": sha256(weights)},
-    )

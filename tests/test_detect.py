@@ -50,7 +50,8 @@ def test_it_learns_what_a_nodule_is(luna, recipe, tmp_path):
 
 
 def test_what_a_run_leaves(luna, recipe, tmp_path):
-    outcome = run(recipe, data=luna, out=tmp_path / "run")
+    table = Options(overrides=(f"boxes.candidates={luna / 'candidates_V2.csv'}",))  # the run tells its name alone
+    outcome = run(recipe, data=luna, out=tmp_path / "run", options=table)
     held_out = {path.stem for path in (luna / "subset0").glob("*.mhd")}
     splits = read_json(tmp_path / "run" / "splits.json")
     assert set(splits["validation"]) == held_out and not set(splits["train"]) & held_out and splits["split"] == "official"

@@ -124,17 +124,27 @@ def test_a_duplicate_of_other_pixels_is_rejected(series):
     assert (row.verdict, row.reasons) == ("reject", ("duplicate_position", "duplicates_differ"))
 
 
-@pytest.mark.parametrize("tag", ["AcquisitionNumber", "TemporalPositionIdentifier", "EchoTime"])
-def test_two_volumes_at_one_place_are_told_apart(series, tag):
+@pytest.mark.parametrize(
+    "tag, ones, others, code",
+    [
+        ("AcquisitionNumber", 1, 2, "several_volumes"),
+        ("TemporalPositionIdentifier", 1, 2, "several_volumes"),
+        ("EchoTime", 1, 2, "several_volumes"),
+        ("DiffusionBValue", 1, 2, "several_volumes"),
+        ("ImageType", ["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "R"], "several_volumes"),
+        ("ConvolutionKernel", "B30f", "B70f", "mixed_kernel"),
+    ],
+)
+def test_two_volumes_at_one_place_are_told_apart(series, tag, ones, others, code):
     for number, path in enumerate(files(series)):
-        change(path, **{tag: 1})
+        change(path, **{tag: ones})
         data = pydicom.dcmread(path)
         data.PixelData = (np.frombuffer(data.PixelData, dtype=np.uint16) + 7).tobytes()
         data.SOPInstanceUID = f"2.25.77{number}"
-        setattr(data, tag, 2)
+        setattr(data, tag, others)
         data.save_as(series / f"again{number}.dcm")
     rows, sources, _ = examined(series)
-    assert [(row.verdict, row.reasons, row.repairs) for row in rows] == [("repair", ("several_volumes",), ("split",))] * 2
+    assert [(row.verdict, row.reasons, row.repairs) for row in rows] == [("repair", (code,), ("split",))] * 2
     assert len({row.scan_id for row in rows}) == 2
     assert len({row.patient_id for row in rows}) == 1
     one, two = (archive.read_source(source).array_CXYZ for source in sources)
@@ -390,6 +400,55 @@ def test_what_is_no_scan_is_rejected_with_its_code(series, code):
     row, _ = only(series)
     assert row.verdict == "reject"
     assert code in row.reasons
+
+
+@pytest.mark.parametrize("kind", ["RTSTRUCT", "SR", "SEG", "PR", "KO", "RTDOSE", "RTPLAN"])
+def test_what_is_no_image_is_rejected_beside_a_scan(series, kind):
+    """In the very series, as some archives hold it."""
+    shutil.copy(files(series)[5], series / "other")
+    change(series / "other", Modality=kind, SOPInstanceUID="2.25.99")
+    rows, sources, _ = examined(series)
+    assert [(row.modality, row.num_slices) for row in rows] == [("CT", 14), ("OTHER", 1)]
+    assert [row.verdict for row in rows] == ["repair", "reject"]
+    assert rows[0].reasons == ("mixed_modality",) and "not_an_image" in rows[1].reasons
+    assert agree(archive.read_source(sources[0]), within_hu=0.51)
+
+
+def test_colour_pictures_are_rejected(series):
+    for path in files(series):
+        data = pydicom.dcmread(path)
+        data.PixelData = bytes(3 * 40 * 36)
+        data.SamplesPerPixel, data.PhotometricInterpretation, data.PlanarConfiguration = 3, "RGB", 0
+        data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
+        data.save_as(path)
+    row, _ = only(series)
+    assert row.verdict == "reject"
+    assert "rgb" in row.reasons
+
+
+def test_a_header_of_another_modality_than_the_values_is_not_believed(series):
+    """A CT whose header says MR, with HU in it; and a CT that holds no air."""
+    for path in files(series):
+        change(path, Modality="MR", RescaleType=None)
+    row, _ = only(series)
+    assert (row.verdict, row.reasons) == ("reject", ("modality_mismatch",))
+    for path in files(series):
+        data = pydicom.dcmread(path)
+        data.Modality = "CT"
+        data.PixelData = (np.frombuffer(data.PixelData, dtype=np.uint16) + 2048).tobytes()
+        data.save_as(path)
+    row, _ = only(series)
+    assert (row.verdict, row.reasons) == ("reject", ("modality_mismatch",))
+
+
+def test_analyze_does_not_say_which_side_is_left(series):
+    shutil.rmtree(series)
+    series.mkdir()
+    import nibabel
+
+    nibabel.save(nibabel.AnalyzeImage(body_phantom().astype(np.int16), oblique_grid().affine), series / "old.hdr")
+    row, _ = only(series)
+    assert (row.verdict, row.reasons) == ("reject", ("no_orientation",))
 
 
 def test_a_ct_of_stored_values_from_zero_on_is_not_hu(series):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,25 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_rest(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.nii.gz"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path, monkeypatch):
+    told = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle):
+        told.append(("sync", Path(f"/proc/self/fd/{handle}").readlink().name[:5]))
+        sync(handle)
+
+    def renamed(one, other):
+        told.append(("rename", Path(one).name[:5], Path(other).name))
+        rename(one, other)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with files.atomic(tmp_path / "out" / "a.csv") as temporary:
+        temporary.write_text("a")
+    assert told == [("sync", ".tmp-"), ("rename", ".tmp-", "a.csv"), ("sync", "out")]
 
 
 def test_json_and_csv_round_trip(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from conftest import body_phantom
 
 from volssl import archive, index
+from volssl.__main__ import run_verb
 from volssl.dicom_write import write_dicom_series
 from volssl.files import BadInput, read_csv
 from volssl.splits import split
@@ -164,6 +165,18 @@ def test_out_in_use_and_empty_archive_are_refused(hospital, tmp_path):
     with pytest.raises(BadInput, match="found 1 not_an_image, 1 truncated"):
         index.build([tmp_path / "empty"], out=tmp_path / "index")
     assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("room", ["4k", "16k", "60k"])
+def test_a_full_disk_is_one_clear_error_and_room_mends_it(hospital, small_disk, capsys, room):
+    """While headers are gathered, while the table is written, while the page is."""
+    out = small_disk(room) / "index"
+    assert run_verb("index", {"archives": [hospital], "out": out}) == 2
+    assert f"--out {out}: No space left on device" in capsys.readouterr().err
+    assert list(out.rglob(".*")) == []
+    small_disk("2m")
+    assert run_verb("index", {"archives": [hospital], "out": out, "resume": True}) == 3  # one file is truncated
+    assert len(index.load(out).rows) == 8
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 10, 40])

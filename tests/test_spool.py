@@ -1,18 +1,20 @@
 """Paths and headers go to disk and come back, a series at a time, and nothing of them stays."""
 
-from contextlib import closing
+import errno
 from pathlib import Path
+
+import pytest
 
 from volssl.dicom import header
 from volssl.dicom_write import write_dicom_series
-from volssl.spool import Spool, packed, unpacked
+from volssl.spool import packed, spooled, unpacked
 
 
 def test_series_come_back_together(tmp_path, phantom):
     for series in ("2.25.5", "2.25.4"):
         write_dicom_series(tmp_path / series, *phantom, tags={"PatientID": "J", "StudyInstanceUID": "2.25.1", "SeriesInstanceUID": series})
     slices = [header(path) for path in sorted(tmp_path.rglob("*.dcm"))]
-    with closing(Spool(tmp_path)) as spool:
+    with spooled(tmp_path) as spool:
         spool.add_slices(map(packed, slices[::2]))
         spool.add_slices(map(packed, slices[1::2]))
         assert spool.count_series() == 2
@@ -25,9 +27,29 @@ def test_series_come_back_together(tmp_path, phantom):
 
 def test_files_by_kind_with_any_name(tmp_path):
     names = [Path("/a/Größe"), Path("/a/\udcff"), Path("/b")]
-    with closing(Spool(tmp_path)) as spool:
+    with spooled(tmp_path) as spool:
         spool.add_files(zip(names, ["dicom", "dicom", "empty_file"], strict=True))
         assert list(spool.files("dicom")) == names[:2]
         assert spool.count("dicom") == 2
         assert list(spool.others(("dicom", "file"))) == [(names[2], "empty_file")]
         assert [spool.is_new(1, 2), spool.is_new(1, 2), spool.is_new(2, 1)] == [True, False, True]
+
+
+def test_a_full_disk_is_an_error_of_the_disk_and_nothing_stays(small_disk):
+    """At the start, and when more is gathered than is kept in memory."""
+    for room, slices in (("4k", 0), ("1m", 40)):
+        disk = small_disk(room)
+        with pytest.raises(OSError) as caught, spooled(disk) as spool:
+            spool.add_slices((b"series", bytes(1_000_000)) for _ in range(slices))
+        assert caught.value.errno == errno.ENOSPC
+        assert not list(disk.iterdir())
+
+
+def test_what_a_killed_run_left_does_not_come_back(tmp_path):
+    with spooled(tmp_path) as spool:
+        spool.add_files([(Path("/a"), "file")])
+        spool.base.commit()
+        left = spool.file.read_bytes()
+    (tmp_path / ".spool.sqlite").write_bytes(left)
+    with spooled(tmp_path) as spool:
+        assert spool.count("file") == 0

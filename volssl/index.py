@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -27,7 +27,7 @@ from volssl.rows import Index as Index
 from volssl.rows import Row, SourcesFile, write_rows
 from volssl.rows import load as load
 from volssl.splits import split
-from volssl.spool import Spool, packed, unpacked
+from volssl.spool import Spool, packed, spooled, unpacked
 
 VERSION = 2
 BATCH = 64  # headers that a worker reads at a time
@@ -56,7 +56,7 @@ def build(
     fresh = not private.exists()
     private.mkdir(mode=0o700, exist_ok=True)
     with _mapper(workers) as over:
-        with closing(Spool(private)) as spool:
+        with spooled(private) as spool:
             _gather(spool, archives, over)
             others = dict(spool.others(("unopened", "file")))
             failed = {path: kind for path, kind in others.items() if kind not in archive.IGNORED}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -28,19 +30,38 @@ def unpacked(headers: Sequence[bytes]) -> list[Slice]:
     return [pickle.loads(one) for one in headers]
 
 
+@contextmanager
+def spooled(folder: Path) -> Iterator[Spool]:
+    """A spool in `folder` that goes at the end, whatever happens. Raises: OSError: the disk is full."""
+    spool = Spool(folder)
+    try:
+        spool.open()
+        yield spool
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    finally:
+        spool.close()
+
+
 class Spool:
-    """A temporary database in a private folder: it holds paths and headers, and goes when it is closed."""
+    """A temporary database in a private folder: it holds paths and headers, and goes when it is closed; `spooled` sees to that."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / ".spool.sqlite"
+        self._base: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        """Begin with none of what a killed run left."""
         self.close()
-        self._base: sqlite3.Connection | None = sqlite3.connect(self.file)
+        self._base = sqlite3.connect(self.file)
         self.file.chmod(0o600)
         self._base.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-16000;" + TABLES)
 
     def close(self) -> None:
         """Delete it."""
-        if getattr(self, "_base", None) is not None:
+        if self._base is not None:
             self.base.close()
             self._base = None
         self.file.unlink(missing_ok=True)

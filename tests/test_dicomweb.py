@@ -120,8 +120,9 @@ def contents(out):
     return sorted(path.read_bytes() for path in (out / "series").rglob("*.dcm"))
 
 
-def test_a_whole_series_takes_two_requests(pacs, files, tmp_path):
+def test_a_whole_series_takes_two_requests(pacs, files, tmp_path, capsys):
     get(pacs, tmp_path / "a")
+    assert "fetch: 1/1" in capsys.readouterr().err
     assert pacs.asked == ["series", SERIES]
     assert contents(tmp_path / "a") == sorted(files.values())
     get(pacs, tmp_path / "a", resume=True)

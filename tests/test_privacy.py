@@ -6,6 +6,7 @@ nowhere else.
 
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from test_pretrain import TINY
 
 from volssl.export import FORMATS
 from volssl.files import BadInput
+from volssl.pools import Means, spread
 from volssl.pseudonyms import claim_key, pseudonym
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -77,7 +79,6 @@ def volssl(place, *calls):
 @contextmanager
 def dask_cluster(place):
     """The address of a cluster in processes of its own. Left: what it says in cluster.txt, what it writes in the folder cluster."""
-    pytest.importorskip("distributed")
     scratch = place / "cluster"
     (scratch / "tmp").mkdir(parents=True)
     environment = os.environ | {"DASK_LOGGING__DISTRIBUTED": "debug", "TMPDIR": str(scratch / "tmp"), "BLOSC_NTHREADS": "1"}
@@ -189,13 +190,14 @@ def left(hospital, tmp_path_factory):
         ("prepare", place / "index", "--out", place / "store", "--workers", "1", "body.margin_mm=0", 3),
         ("prepare", place / "index", "--out", place / "store_alone", "body.margin_mm=0", 3),
     )
-    with dask_cluster(place) as address:
-        volssl(
-            place,
-            ("prepare", place / "index", "--out", place / "store_dask", "--scheduler", address, "body.margin_mm=0", 3),
-            # No scan is ready so soon: every job is lost.
-            ("prepare", place / "index", "--out", place / "store_late", "--scheduler", address, "--minutes", "0.0001", 2),
-        )
+    if importlib.util.find_spec("distributed"):
+        with dask_cluster(place) as address:
+            volssl(
+                place,
+                ("prepare", place / "index", "--out", place / "store_dask", "--scheduler", address, "body.margin_mm=0", 3),
+                # No scan is ready so soon: every job is lost.
+                ("prepare", place / "index", "--out", place / "store_late", "--scheduler", address, "--minutes", "0.0001", 2),
+            )
     volssl(
         place,
         ("pretrain", "--recipe", "pcrlv2", "--store", place / "store", "--out", pretrained, *overrides, 0),
@@ -253,6 +255,7 @@ def test_the_archive_was_used(left):
 
 def test_a_cluster_was_used(left):
     """It prepared the same store, lost jobs, and said what it did."""
+    pytest.importorskip("distributed")
     for path in sorted((left / "store").rglob("*")):
         assert path.is_dir() or path.read_bytes() == (left / "store_dask" / path.relative_to(left / "store")).read_bytes(), path
     assert {line.partition(",")[2] for line in (left / "store_late" / "failures.csv").read_text().splitlines()[1:]} == {"timeout"}
@@ -363,6 +366,16 @@ def test_the_search_finds_what_is_packed(tmp_path):
     array.schunk.vlmeta["entry"] = secret.decode() * 50
     (tmp_path / "store" / "file").write_bytes(array.to_cframe())
     assert search(tmp_path / "store", needles())
+
+
+def test_the_search_hears_what_a_cluster_says_and_that_is_no_failed_job(tmp_path):
+    pytest.importorskip("distributed")
+    with dask_cluster(tmp_path) as address:
+        with pytest.raises(ValueError, match=MARK):
+            list(spread(int, [("a", (MARK,))], Means(scheduler=address)))
+        assert search(tmp_path, needles()) == []
+        list(spread(print, [("a", (MARK,))], Means(scheduler=address)))
+    assert [find.partition(":")[0] for find in search(tmp_path, needles())] == ["cluster.txt"]
 
 
 def test_a_page_of_nothing_is_clean(tmp_path):

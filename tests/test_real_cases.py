@@ -5,7 +5,6 @@ from, stored with its axes in another order and direction: a step that forgets t
 keeps the runs and their pictures (docs/brats.md, luna.md, lits.md).
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,9 +125,8 @@ def _dice(name: str, folder: Path, real_data: Path, more: tuple[str, ...] = ()) 
     for other in (read_image(images[0]), label):
         assert found.grid.almost_equal(other.grid)
     predicted_XYZ, truth_XYZ = (np.isin(volume.array_CXYZ[0], real.values) for volume in (found, label))
-    (folder / "references").mkdir()
-    shutil.copy(truth, folder / "references")
-    assert evaluate.run(folder / "labels", folder / "references", recipe=folder / "run", out=folder / "scores").failed == 0
+    references = truth.parent if name == "luna" else folder / "data"
+    assert evaluate.run(folder / "labels", references, recipe=folder / "run", out=folder / "scores").failed == 0
     report.run([folder / "run", folder / "scores"], out=folder / "report.html")
     return float(2 * (predicted_XYZ & truth_XYZ).sum() / (predicted_XYZ.sum() + truth_XYZ.sum()))
 

@@ -6,10 +6,10 @@ gets the protocol's worst values. The protocols are on the shelf `protocols`; do
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ import numpy as np
 from volssl import recipe as recipes
 from volssl.archive import read_label
 from volssl.candidates import References, candidates_of, is_findings, read_candidates, read_references
-from volssl.datasets import SUFFIXES, stem, whole_numbers
+from volssl.datasets import Data, whole_numbers
 from volssl.files import BadInput, Outcome, check_out, claim_out, read_json, tell, track, write_csv, write_json
 from volssl.froc import Candidates, Findings, Scan
 from volssl.intervals import mean_interval
 from volssl.protocols.dice import Dice
 from volssl.protocols.protocol import AbstractProtocol, Judged, Pair, Score, Targets, metric_of
+from volssl.references import Reference, all_values, expected_of, label_maps
 from volssl.targets import targets_of
-from volssl.volume import Volume
+from volssl.volume import Volume, describe
 
 COLUMNS = ("case", "label", "metric", "value", "note")
 MEAN = "mean"  # region of the summary: each case's mean over the regions
-PUBLISHED = re.compile(r"(?P<case>.+)[_-]seg|segmentation-(?P<number>\d+)")  # label maps of BraTS and LiTS, beside <case> and volume-N
 UNSCORED = "not scored, the worst value by rule: see failures.csv"
 
 
@@ -84,13 +84,6 @@ def unscored(case: str, targets: Targets, protocol: AbstractProtocol, reference:
 
 def _worst(row: Score, protocol: AbstractProtocol) -> Score:
     return replace(row, value=protocol.worst[row.metric], note=UNSCORED) if row.metric in protocol.worst else row
-
-
-def describe(volume: Volume) -> str:
-    """Shape, spacing and origin of a volume, for errors."""
-    grid = volume.grid
-    sides = "x".join(map(str, grid.shape_vox))
-    return f"{sides} at {tuple(round(s, 3) for s in grid.spacing_mm)} mm {grid.orientation} from {np.round(grid.affine[:3, 3], 2).tolist()}"
 
 
 def unknown_values(array: np.ndarray, labels: Mapping[str, int] | set[int]) -> list[int]:
@@ -165,7 +158,7 @@ def run(
     protocol: str | None = None,
     overwrite: bool = False,
 ) -> Outcome:
-    """Score a folder of label maps against a folder of references with the same file names (the format may differ).
+    """Score a folder of label maps against a folder of references with the same file names (the format may differ), or a data set.
 
     For protocol luna16 the references may be a folder with annotations.csv, and the predictions a table of candidates or label maps.
 
@@ -181,10 +174,11 @@ def run(
     chosen = _evaluation(values, protocol)
     built = chosen.build()
     check_out(out, overwrite=overwrite, inputs=(predictions, references))
-    if is_findings(references) or predictions.suffix.lower() == ".csv":
+    masks = chosen.protocol != "luna16" and _data(values).nodules is not None  # LUNA16's folder also as one of label maps
+    if predictions.suffix.lower() == ".csv" or (is_findings(references) and not masks):
         jobs = _scan_jobs(predictions, references, built)
     else:
-        jobs = _pair_jobs(predictions, references, values, built)
+        jobs = _pair_jobs(predictions, references, values, built, held_out=_held_out(recipe))
     claim_out(out, overwrite=overwrite, inputs=(predictions, references))
     judged: list[Judged] = []
     failures: list[dict[str, str]] = []
@@ -214,54 +208,47 @@ def _evaluation(values: Mapping[str, Any], protocol: str | None) -> Evaluation:
     return given if protocol in (None, given.protocol) else Evaluation(protocol)  # settings are those of the recipe's protocol
 
 
-def _pair_jobs(predictions: Path, references: Path, values: Mapping[str, Any], protocol: AbstractProtocol) -> dict[str, Job]:
-    predicted = label_maps(predictions, "predictions")
-    expected = _as_images(label_maps(references, "references"), predicted)
-    if not predicted.keys() & expected.keys():
-        raise BadInput(
-            "predictions and references: a case must bear the same name in both; found none that does, but such as "
-            f"{min(predicted)} and {min(expected)}; rename the files"
-        )
-    labels, regions = _labels_of(values), values.get("regions") or {}
+def _pair_jobs(
+    predictions: Path, references: Path, values: Mapping[str, Any], protocol: AbstractProtocol, *, held_out: Collection[str]
+) -> dict[str, Job]:
+    predicted = {name: Reference(partial(read_label, path), (path,)) for name, path in label_maps(predictions, "predictions").items()}
+    expected = expected_of(references, predicted, data=_data(values), held_out=held_out)
+    labels, regions = _labels_of(values), values.get("regions")
     if labels is None:
-        labels = _all_values([*expected.values(), *(predicted.values() if protocol.both_sides else ())])
-    targets = protocol.targets(labels, regions)
-    names = sorted(predicted.keys() | expected.keys())
-
-    def job(case: str) -> tuple[Judged | None, str]:
-        files = [path for path in (predicted.get(case), expected.get(case)) if path is not None]
-        reference = None
-        try:
-            if len(files) < 2:
-                missing = "prediction" if case in expected else "reference"
-                raise BadInput(f"{case}: must have a prediction and a reference; the {missing} is missing")
-            reference = read_label(expected[case])
-            return judge_case(Pair(case, read_label(predicted[case]), reference, targets), protocol), ""
-        except BadInput as error:
-            reason = _without_paths(str(error), files)
-        if case not in expected:
-            return None, reason
-        return unscored(case, targets, protocol, reference or _readable(expected[case])), reason
-
-    return {case: (lambda case=case: job(case)) for case in names}
+        labels = expected.labels or all_values([*expected.references.values(), *(predicted.values() if protocol.both_sides else ())])
+    targets = protocol.targets(labels, (expected.regions if regions is None else regions) or {})
+    return {
+        case: partial(_judged, case, predicted.get(case), expected.references.get(case), targets=targets, protocol=protocol)
+        for case in sorted({*predicted, *expected.references})
+    }
 
 
-def _as_images(expected: Mapping[str, Path], predicted: Mapping[str, Path]) -> dict[str, Path]:
-    """References under the names of their images, where those were predicted: a_seg as a, segmentation-3 as volume-3."""
-    named = dict(expected)
-    for name in expected:
-        if match := PUBLISHED.fullmatch(name):
-            image = match["case"] or f"volume-{match['number']}"
-            if image in predicted and image not in named and name not in predicted:
-                named[image] = named.pop(name)
-    return named
-
-
-def _readable(path: Path) -> Volume | None:
+def _judged(
+    case: str, predicted: Reference | None, expected: Reference | None, *, targets: Targets, protocol: AbstractProtocol
+) -> tuple[Judged | None, str]:
+    reference = None
     try:
-        return read_label(path)
-    except BadInput:
-        return None
+        if predicted is None or expected is None:
+            missing = "prediction" if predicted is None else "reference"
+            raise BadInput(f"{case}: must have a prediction and a reference; the {missing} is missing")
+        reference = expected.read()
+        return judge_case(Pair(case, predicted.read(), reference, targets), protocol), ""
+    except BadInput as error:
+        reason = _without_paths(str(error), [path for one in (predicted, expected) if one for path in one.files])
+    if expected is None:
+        return None, reason
+    return unscored(case, targets, protocol, reference or expected.if_readable()), reason
+
+
+def _data(values: Mapping[str, Any]) -> Data:
+    return recipes.parse({key: of for key, of in values.items() if key == "data"}, {"data": Data}, "data")["data"]
+
+
+def _held_out(recipe: str | Path | None) -> list[str]:
+    """The cases that a run held out, where the recipe is a run's."""
+    path = Path(recipe or "")
+    splits = (path if path.is_dir() else path.parent) / "splits.json"
+    return read_json(splits).get("validation", []) if recipe is not None and path.exists() and splits.is_file() else []
 
 
 def _scan_jobs(predictions: Path, references: Path, protocol: AbstractProtocol) -> dict[str, Job]:
@@ -312,28 +299,6 @@ def _labels_of(values: Mapping[str, Any]) -> dict[str, int] | None:
     if not numbers or len(set(numbers.values())) != len(numbers):
         raise BadInput(f"recipe: labels must be names with values of their own above 0; found {labels}")
     return numbers
-
-
-def label_maps(folder: Path, what: str) -> dict[str, Path]:
-    """The label maps in a folder by name. Raises: BadInput: none there, or several of one name."""
-    if not folder.is_dir():
-        raise BadInput(f"{what} {folder}: must be a folder of label maps; found {'a file' if folder.exists() else 'nothing there'}")
-    files = [path for path in sorted(folder.iterdir()) if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")]
-    if not files:
-        raise BadInput(f"{what} {folder}: must hold label maps ({', '.join(SUFFIXES)}); found none")
-    twice = sorted({stem(path) for path in files if sum(stem(path) == stem(other) for other in files) > 1})
-    if twice:
-        raise BadInput(f"{what} {folder}: one label map per case must hold; found several for {', '.join(twice)}")
-    return {stem(path): path for path in files}
-
-
-def _all_values(references: Sequence[Path]) -> dict[str, int]:
-    # A file that cannot be read fails its own case, later.
-    read = (volume for path in references if (volume := _readable(path)) is not None)
-    values = sorted({int(value) for volume in read for value in np.unique(volume.array_CXYZ)} - {0})
-    if not values:
-        raise BadInput("references: must hold at least one label; found only 0; or name the labels in the recipe")
-    return {str(value): value for value in values}
 
 
 def _without_paths(text: str, files: Sequence[Path]) -> str:

@@ -13,9 +13,8 @@ import numpy as np
 
 from volssl.archive import read_image
 from volssl.datasets import Case, CaseTable
-from volssl.evaluate import describe
 from volssl.files import BadInput
-from volssl.volume import Volume
+from volssl.volume import Volume, describe
 
 OFF_GRID = 0.1  # share of a voxel by which grids of one case may differ: rounding of headers, never half a voxel
 SHOWN = 8  # odd values that a complaint lists
@@ -57,6 +56,19 @@ def take_case(case: Case, table: CaseTable) -> Taken:
     return Taken(Volume(np.concatenate([image.array_CXYZ for image in images]), grid), Volume(label.array_CXYZ, grid), tuple(notes))
 
 
+def read_reference(case: Case, table: CaseTable) -> Volume:
+    """The label map alone, by the same rules; the image is only read where the label map is drawn on its grid.
+
+    Raises: BadInput: with everything about the label map that does not hold.
+    """
+    faults: list[str] = []
+    image = _read(case.images[0], faults, "image") if case.label is not None and not isinstance(case.label, Path) else None
+    label, _ = (None, []) if faults else _label(case, table, image, faults)
+    if label is None or faults:
+        raise _refused(case, faults)
+    return label
+
+
 def _refused(case: Case, faults: list[str]) -> BadInput:
     swapped = sum("looks like" in fault for fault in faults) > 1
     return BadInput(f"{case.case_id}: " + "; ".join(faults) + ("; are the two files swapped?" if swapped else ""))
@@ -90,11 +102,12 @@ def _odd_image(name: str, array: np.ndarray, table: CaseTable) -> list[str]:
     return [f"{name} looks like a label map: it holds nothing but the values {sorted(values)}"]
 
 
-def _label(case: Case, table: CaseTable, image: Volume, faults: list[str]) -> tuple[Volume | None, list[str]]:
+def _label(case: Case, table: CaseTable, image: Volume | None, faults: list[str]) -> tuple[Volume | None, list[str]]:
     if case.label is None:
         faults.append("must have a label map; found none")
         return None, []
     if not isinstance(case.label, Path):
+        assert image is not None
         try:
             label = Volume(case.label.draw(image.grid)[None], image.grid)
         except BadInput as error:
@@ -102,7 +115,7 @@ def _label(case: Case, table: CaseTable, image: Volume, faults: list[str]) -> tu
             return None, []
     elif (label := _read(case.label, faults, "label")) is None:
         return None, []
-    faults += _off_grid("label", label, image)
+    faults += _off_grid("label", label, image) if image is not None else []
     if len(label.array_CXYZ) != 1:
         faults.append(f"label must have one channel; found {len(label.array_CXYZ)}")
         return None, []

@@ -133,3 +133,10 @@ class Volume:
             raise ValueError(f"Volume.cropped: must lie within {self.grid.shape_vox}; found {box}")
         box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
         return Volume(self.array_CXYZ[(slice(None), *box)], self.grid.cropped(start, stop))
+
+
+def describe(volume: Volume) -> str:
+    """Shape, spacing and origin of a volume, for errors."""
+    grid = volume.grid
+    sides = "x".join(map(str, grid.shape_vox))
+    return f"{sides} at {tuple(round(s, 3) for s in grid.spacing_mm)} mm {grid.orientation} from {np.round(grid.affine[:3, 3], 2).tolist()}"

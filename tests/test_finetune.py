@@ -369,6 +369,17 @@ def test_labels_draws_a_share_of_the_training_fold(data, recipe, tmp_path):
     assert not set(splits["train"]) & set(splits["validation"])
 
 
+def test_every_method_and_seed_draws_the_same_cases_and_more_of_them_hold_the_fewer(data, recipe, tmp_path):
+    folder, _ = write_bundle(tmp_path / "bundle")
+    arms = {"scratch": {}, "weights": {"weights": folder}, "seed": {"seed": 7}, "more": {"labels": 2}}
+    for name, arm in arms.items():
+        options = Options(**{"labels": 1, "fold": 1, "overrides": ("folds.count=2", "optimisation.steps=1")} | arm)
+        run(recipe, data=data, out=tmp_path / name, options=options)
+    drawn = {name: set(read_json(tmp_path / name / "splits.json")["train"]) for name in arms}
+    assert drawn["scratch"] == drawn["weights"] == drawn["seed"] and len(drawn["scratch"]) == 1
+    assert drawn["scratch"] < drawn["more"]
+
+
 def test_settings_that_are_off_by_default(recipe, tmp_path):
     grid = Grid((20, 18, 16), np.diag([-1.0, 1.0, 2.0, 1.0]))
     root = write_msd(tmp_path / "data", grid=grid)

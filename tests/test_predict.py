@@ -314,18 +314,24 @@ print(kib("VmHWM") - before)
 """
 
 
+def peak(slices: int, classes: int, spacing_mm: float) -> int:
+    """Bytes beyond those of a small prediction, in a process of its own."""
+    numbers = [str(slices), str(classes), str(spacing_mm)]
+    return 1024 * int(subprocess.run([sys.executable, "-c", PEAK, *numbers], capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spacing_mm", [1.0, 0.8])  # the network's own grid, and one that shares are moved from
 def test_memory_of_a_tall_scan_does_not_grow_with_the_classes(spacing_mm):
     """Shares of all 14 classes would take 14 times 4 bytes per voxel, 176 MB more than those of 3 do."""
     voxels = 64 * 64 * 1000
-
-    def peak(classes):
-        told = subprocess.run(
-            [sys.executable, "-c", PEAK, "1000", str(classes), str(spacing_mm)], capture_output=True, text=True, check=True
-        )
-        return 1024 * int(told.stdout)
-
-    few, many = peak(3), peak(14)
+    few, many = peak(1000, 3, spacing_mm), peak(1000, 14, spacing_mm)
     assert many - few < 0.25 * (14 - 3) * 4 * voxels
     assert many < 14 * 4 * voxels
+
+
+@pytest.mark.slow
+def test_a_slice_more_costs_its_voxels_and_no_shares():
+    """With the slices only image (2 bytes a voxel), prepared copy (4) and label map (1) grow; shares of 14 classes would add 56."""
+    grown = (peak(1300, 14, 0.8) - peak(300, 14, 0.8)) / (64 * 64 * 1000)
+    assert grown < 10

@@ -1,5 +1,7 @@
 """LiTS in every public naming."""
 
+import gzip
+
 import numpy as np
 import pytest
 
@@ -27,6 +29,15 @@ def test_numbered_files_in_ct_and_seg(tmp_path):
     for path in root.rglob("*.nii"):
         path.rename(path.with_name(path.name.rpartition("-")[2]))
     assert [(case.images[0].parent.name, case.label.parent.name) for case in open_dataset(root).cases] == [("CT", "seg")] * 2
+
+
+def test_packed_files(tmp_path):
+    root = write_lits(tmp_path / "data", cases=2, size_vox=24)
+    for path in list(root.glob("*.nii")):
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    table = open_dataset(root)
+    assert [case.case_id for case in table.cases] == ["volume-0", "volume-1"] and take_case(table.cases[0], table).notes == ()
 
 
 def test_what_is_missing_is_named(tmp_path):

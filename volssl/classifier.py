@@ -26,6 +26,7 @@ from volssl.nets.sides import side_fault
 from volssl.recipe import Part
 from volssl.segment import Preparation
 from volssl.starting import fits_card
+from volssl.tensors import load_tensors, save_tensors
 
 SCHEMA = 1
 COLUMNS = ("seriesuid", *PLACE, "probability")
@@ -148,7 +149,7 @@ def unplaced(text: str, case: Case) -> str:
 def write_classifier(out: Path, net: CandidateNet, made: Mapping[str, Any]) -> None:
     """Write model.safetensors and, last, model.json."""
     weights = out / "model.safetensors"
-    bundle.save_tensors(weights, net.state_dict())
+    save_tensors(weights, net.state_dict())
     head = {"schema": SCHEMA, "task": "candidates", "volssl_version": volssl.__version__}
     write_json(out / "model.json", {**head, **_told(made), "sha256": sha256(weights)})
 
@@ -175,7 +176,7 @@ def read_classifier(run: Path, overrides: Sequence[str] = (), device: torch.devi
         raise BadInput(f"{run}/recipe.yaml and overrides: must be what the model was trained with; found another {', '.join(odd)}")
     net = first_net(made, None, seed=0)
     try:
-        net.load_state_dict(bundle.load_tensors(weights), strict=True)
+        net.load_state_dict(load_tensors(weights), strict=True)
     except RuntimeError as error:
         raise BadInput(f"{weights}: must fit the network of model.json; {error}") from None
     net.to(device, memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]

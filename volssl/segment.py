@@ -19,7 +19,6 @@ from torch import Tensor
 import volssl
 from volssl.compiling import multiplies_bf16
 from volssl.components import Cleaning
-from volssl.export.bundle import load_tensors, save_tensors
 from volssl.files import BadInput, read_json, sha256, write_json
 from volssl.nets.heads import SegmentationNet
 from volssl.preparation import Preparation
@@ -28,6 +27,7 @@ from volssl.resample import Part as Box
 from volssl.resample import streamed
 from volssl.sliding import Windows, largest, slab_axis, slabs
 from volssl.targets import THRESHOLD, check_regions, targets_of, written
+from volssl.tensors import load_tensors, save_tensors
 from volssl.volume import Grid, Volume
 
 SCHEMA = 2  # of model.json; 1 had no regions and is read as it was

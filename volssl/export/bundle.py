@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -26,12 +23,11 @@ from volssl.export import Options, Writer
 from volssl.export import prove as prove_formats
 from volssl.files import BadInput, atomic, scratch, sha256, write_json, write_text
 from volssl.recipe import arguments, find
+from volssl.tensors import load_tensors, save_tensors
 
 ENCODER, DECODER = "encoder.safetensors", "decoder.safetensors"
 NetPart = Literal["encoder", "decoder"]
 Channels = Literal["repeat", "first", "random"]
-LARGEST_HEADER = 2**26  # bytes: names, types and shapes of the tensors; a network's are some hundred kilobytes
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 WIDEST = 2**14  # of any number among a card's architecture arguments
 
 
@@ -106,47 +102,6 @@ def _vouched(weights: Path, digest: str | None) -> dict[str, Tensor]:
     if sha256(weights) != digest:
         raise BadInput(f"{weights}: must be the file its card was written for (sha256 {digest}); found another; export it again")
     return load_tensors(weights)
-
-
-def save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write tensors by name as a safetensors file, atomically."""
-    # By way of memory: the plain write answers a full disk with the system's own word.
-    packed = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
-    with atomic(path) as temporary:
-        temporary.write_bytes(packed)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file whose declared tensors fill it exactly. Raises: BadInput: if it is none."""
-    if fault := _size_fault(path):
-        raise BadInput(f"{path}: must be a whole safetensors file; {fault}; export it again")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path}: must be a safetensors file; {error}") from None
-
-
-def _size_fault(path: Path) -> str | None:
-    # Looked at before any memory is taken: the header's length, and the bytes that its shapes and types ask for.
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        told = int.from_bytes(stream.read(8), "little")
-        if size < 8 or told > min(LARGEST_HEADER, size - 8):
-            return f"found a header of {told} bytes told in a file of {size}"
-        try:
-            header = json.loads(stream.read(told))
-            tensors = [about for name, about in header.items() if name != "__metadata__"]
-            needed = sum(BYTES[about["dtype"]] * math.prod(map(_side, about["shape"])) for about in tensors)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return "found a header that does not tell types and shapes of tensors"
-    there = size - 8 - told
-    return None if needed == there else f"its header asks for {needed} bytes of tensors; found {there}"
-
-
-def _side(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError
-    return value
 
 
 def load_encoder(folder: Path | str, *, in_channels: int | None = None) -> tuple[nn.Module, dict[str, Any]]:

@@ -4,6 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from test_finetune import write_bundle
 
 from volssl import evaluate, predict, report
 from volssl.archive import read_image, write_nifti
@@ -113,3 +116,23 @@ def _held_out(name: str, data: Path, out: Path) -> list[Path]:
             write_nifti(image, volume.array_CXYZ[0], volume.grid, "int16")
         inputs.append(image.parent if name == "brats" else image)
     return inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_each_recipe_starts_from_a_ct_bundle(name, tmp_path):
+    write, own, *_ = CASES[name]
+    spacing_mm = (8.0, 8.0, 8.0) if name == "lits" else (6.0, 6.0, 6.0)
+    folder, encoder = write_bundle(tmp_path / "bundle", window=(-900.0, 900.0), normalisation="zscore", spacing_mm=spacing_mm)
+    more = ("net={name: unet, width: 4, depth: 2, norm: instance}", "optimisation.steps=1", "optimisation.lr=1e-9")
+    # Spacing and window are the card's where the recipe is of CT; only voxels of its own recipe are known to a CT encoder in BraTS.
+    own = [override for override in own if name == "brats" or not override.startswith("preparation.")]
+    run(name, data=write(tmp_path / "data"), out=tmp_path / "run", options=Options(weights=folder, overrides=(*NARROW, *own, *more)))
+    said, model = read_json(tmp_path / "run" / "splits.json")["weights"], read_json(tmp_path / "run" / "model.json")
+    first = load_file(tmp_path / "run" / "model.safetensors")["net.encoder.levels.0.0.conv.weight"]
+    channels = 4 if name == "brats" else 1
+    torch.testing.assert_close(first, encoder.levels[0][0].conv.weight.repeat(1, channels, 1, 1, 1) / channels, atol=1e-6, rtol=0)
+    assert said["channels"] == ("repeat" if name == "brats" else "as the bundle's") and said["modality"] == "CT"
+    assert model["preparation"]["spacing_mm"] == list(spacing_mm)
+    assert model["preparation"]["normalisation"] == ("zscore" if name == "brats" else "window")
+    assert name == "brats" or model["preparation"]["window"] == [-900, 900]

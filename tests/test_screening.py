@@ -1,7 +1,5 @@
 """A trained classifier on candidates without labels: the same probabilities as in training's validation, and what it refuses."""
 
-import shutil
-
 import pytest
 from test_detect import RECIPE
 
@@ -95,24 +93,3 @@ def test_refused_before_out_is_touched(trained, clinic, tmp_path, given, message
     with pytest.raises(BadInput, match=message):
         run(data=clinic, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-
-
-def test_only_a_whole_run_of_detect_is_a_model(trained, clinic, tmp_path):
-    def refused(message):
-        with pytest.raises(BadInput, match=message):
-            run(model=tmp_path / "run", data=clinic, out=tmp_path / "out", options=Options(overrides=MINE))
-
-    refused("found no model.json")
-    shutil.copytree(trained, tmp_path / "run")
-    told, recipe = tmp_path / "run" / "model.json", tmp_path / "run" / "recipe.yaml"
-    whole, written = told.read_text(), recipe.read_text()
-    told.write_text(whole.replace('"candidates"', '"other"'))
-    refused("one of another verb")
-    told.write_text(whole.replace('"schema": 1', '"schema": 99'))
-    refused("update volssl")
-    told.write_text(whole)
-    recipe.write_text(written.replace("-1000", "-900"))
-    refused("found another preparation")
-    recipe.write_text(written)
-    (tmp_path / "run" / "model.safetensors").write_bytes(b"other")
-    refused("found another")

@@ -45,6 +45,19 @@ def test_a_patient_is_on_one_side_and_folds_test_others():
         assert len(fold.pretrain) == 10
 
 
+def test_development_leaves_the_test_share_alone():
+    table = table_of([f"{name}{side}" for name in NAMES for side in "ab"], {f"{name}{side}": name for name in NAMES for side in "ab"})
+    whole, parts = divided(table, SPLIT, 2), divided(table, replace(SPLIT, develop=2), 2)
+    for before, now in zip(whole, parts, strict=True):
+        assert now.test == before.validation and len(now.validation) == 4 and len(now.pretrain) == 6
+        assert {*now.pretrain, *now.validation} == set(before.pretrain)
+        assert max(case.patient_id for case in now.pretrain) < min(case.patient_id for case in now.validation)
+    with pytest.raises(BadInput, match=r"split.develop: must be below the 5 patients"):
+        divided(table, replace(SPLIT, develop=5), 1)
+    with pytest.raises(BadInput, match="develop must be"):
+        replace(SPLIT, develop=-1)
+
+
 def test_what_cannot_be_divided_is_refused():
     with pytest.raises(BadInput, match="at most the 12 patients of the data; found 13"):
         divided(table_of(NAMES), replace(SPLIT, pretrain=8), 1)

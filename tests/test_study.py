@@ -14,12 +14,12 @@ from volssl import recipe as recipes
 from volssl.__main__ import run_verb
 from volssl.archive import write_nifti
 from volssl.arms import faults_of, planned, shrunk
-from volssl.datasets import CaseTable, open_dataset
+from volssl.datasets import Case, CaseTable, open_dataset
 from volssl.export import bundle
 from volssl.files import BadInput, read_csv, read_json
-from volssl.holdout import divided
+from volssl.holdout import Seen, Shares, divided
 from volssl.nets.unet import UNet
-from volssl.rounds import Study
+from volssl.rounds import Study, count_left, ready
 from volssl.study import Options, run
 from volssl.volume import Grid
 
@@ -320,15 +320,37 @@ def test_quick_shrinks():
     assert plan.arms[1].pretrain["training"]["steps"] == 3 and plan.arms[1].finetune["optimisation"]["steps"] == 4
 
 
-@pytest.mark.parametrize("name", ["study_hippocampus", "study_phantom_ct"])
+@pytest.mark.parametrize("name", ["study_hippocampus", "study_hippocampus_levers", "study_phantom_ct"])
 def test_shipped_recipes_hold(name):
     plan = planned(recipes.load(name, verb="study"), name)
-    assert [arm.name for arm in plan.arms] == ["scratch", "official", "paper", "no_restoration", "no_comparison", "skips"]
+    if not plan.split.develop:
+        assert [arm.name for arm in plan.arms][:6] == ["scratch", "official", "paper", "no_restoration", "no_comparison", "skips"]
     labels = {"a": 1} if plan.arms[0].finetune["labels"] is None else plan.arms[0].finetune["labels"]
     table = CaseTable((), labels, ("image",))
     assert faults_of(plan, table, [(1.0, 1.0, 1.0)]) == []
     steps = {arm.finetune["optimisation"]["steps"] for arm in plan.arms}
     assert len(steps) == 1
+
+
+def test_arms_of_one_pretraining_share_it(tmp_path):
+    values = {key: value for key, value in RECIPE.items() if key != "verb"}
+    over = {"finetune": {"weights": {"decoder": True}}}
+    arms = {"scratch": {}, "one": {"pretrain": {}}, "two": {"pretrain": {}, **over}, "three": {"pretrain": {"training": {"steps": 9}}}}
+    plan = planned(values | {"arms": arms}, "r")
+    assert [arm.pretrained for arm in plan.arms] == ["", "one", "one", "three"]
+    shares = Shares(*(tuple(Case(name, name, (tmp_path,), None) for name in part) for part in (["a", "b", "c", "d", "e"], ["v"], ["t"])))
+    seen = {name: Seen((1.0, 1.0, 1.0), (name,), ()) for name in "abcdevt"}
+    study = Study(tmp_path, plan, _table(None), (shares,), seen)
+    assert [left["pretraining"] for left in count_left(study).values()] == [0, 1, 0, 1]
+    jobs = ready(study, cells.Means(1), ())
+    assert [name for name in jobs if "pretraining" in name] == ["one/pretraining-seed_0-fold_0", "three/pretraining-seed_0-fold_0"]
+    assert study.weights(plan.arms[1], 0, 0) == study.weights(plan.arms[2], 0, 0) != study.weights(plan.arms[3], 0, 0)
+    assert not any(name.startswith(("one/labels", "two/labels")) for name in jobs)
+    made = study.pretraining(plan.arms[1], 0, 0)
+    made.mkdir(parents=True)
+    (made / "pretrained.json").write_text("{}")
+    jobs = ready(study, cells.Means(1), ())
+    assert {name.split("/")[0] for name in jobs} == {"scratch", "one", "two", "three"}
 
 
 def test_an_arm_may_take_the_decoder_of_its_pretraining():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm. pretrain: its recipe, or None; bundle: a given one, or None. finetune: its recipe. own: what is its own in that."""
+    """One arm. pretrain: its recipe, or None; bundle: a given one, or None. finetune: its recipe. own: what is its own in that. pretrained:
+    the first arm with the same recipe of pretraining, whose weights this one takes."""
 
     name: str
     finetune: dict[str, Any]
@@ -95,6 +97,7 @@ class Arm:
     bundle: Path | None = None
     images: Path | None = None
     own: dict[str, Any] = field(default_factory=dict)
+    pretrained: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,14 @@ def planned(values: dict[str, Any], where: str) -> Plan:
     if complaints:
         raise BadInput(f"recipe {where}: {len(complaints)} fault(s); mend them:\n  " + "\n  ".join(complaints))
     ordered = sorted((arm for arm in arms if arm is not None), key=lambda arm: arm.name != SCRATCH)
-    return Plan(values, made["split"], made["design"], made["tuning"], settings, tuple(ordered))
+    return Plan(values, made["split"], made["design"], made["tuning"], settings, tuple(_sharing(ordered)))
+
+
+def _sharing(arms: Sequence[Arm]) -> list[Arm]:
+    # Arms that differ in the transfer alone need one pretraining between them.
+    first: dict[str, str] = {}
+    owners = [first.setdefault(json.dumps(arm.pretrain, sort_keys=True), arm.name) if arm.pretrain is not None else "" for arm in arms]
+    return [dataclasses.replace(arm, pretrained=owner) for arm, owner in zip(arms, owners, strict=True)]
 
 
 def _tried(complaints: list[str], prefix: str, work: Any) -> Any:
@@ -252,7 +262,9 @@ def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     tuning = values.get("tuning") or {}
     values["tuning"] = tuning | {"lr": list(tuning.get("lr", Tuning().lr))[:2], "seeds": 1, "at": []}
     if (values.get("split") or {}).get("file") is None:
-        values["split"] = (values.get("split") or {}) | {"pretrain": max([*labels, 2]), "validation": 1, "test": 2}
+        split = values.get("split") or {}
+        develop = 1 if split.get("develop") else 0
+        values["split"] = split | {"pretrain": max([*labels, 2]) + develop, "validation": 1, "test": 2, "develop": develop}
     few = {"optimisation": {"steps": 4}, "saving": {"log_every": 1}}
     values["finetune"] = recipes.laid_over(values.get("finetune") or {}, few)
     return values

@@ -71,7 +71,7 @@ def estimated(study: Study, stores: Sequence[Store], workers: int) -> dict[str, 
     torch.set_num_threads(study.plan.design.threads)
     try:
         step_s, test_s, validation_s = _finetuning(study)
-        timed = {arm.name: _pretraining(arm, stores) for arm in study.plan.arms}
+        timed = {arm.name: _pretraining(arm, stores) for arm in study.plan.arms if arm.pretrained in ("", arm.name)}
     finally:
         torch.set_num_threads(before)
     rows = []
@@ -81,12 +81,12 @@ def estimated(study: Study, stores: Sequence[Store], workers: int) -> dict[str, 
         rows.append(
             {
                 "arm": arm.name,
-                "pretraining": left["pretraining"] * timed[arm.name][0],
+                "pretraining": left["pretraining"] * timed[arm.pretrained or arm.name][0],
                 "search": left["search"] * (fitting + validation_s / 3600),
                 "further": left["further"] * fitting,
                 "test": left["test"] * test_s / 3600,
                 "jobs": left,
-                "trouble": timed[arm.name][1],
+                "trouble": timed[arm.pretrained or arm.name][1],
             }
         )
     total = sum(row[part] for row in rows for part in ("pretraining", "search", "further", "test"))

@@ -28,6 +28,8 @@ class Split:
 
     Attributes: pretrain: unlabelled, and the draws of labelled cases. validation: choose the learning rate. test: scored once. seed: of the
         order. file: which cases are for what in place of numbers, as `division.read_sides` reads it; training cases are for pretraining.
+        develop: leave the test share alone, for a study that chooses among settings: the validation share is tested in its place, and as
+        many patients of the pretraining share, the last by name, validate; 0: an ordinary study.
     """
 
     pretrain: int = 0
@@ -35,6 +37,7 @@ class Split:
     test: int = 0
     seed: int = 0
     file: str | None = None
+    develop: int = 0
 
     def __post_init__(self) -> None:
         if self.file is None and min(self.pretrain, self.validation, self.test) < 1:
@@ -42,6 +45,8 @@ class Split:
                 "pretrain, validation and test must be >= 1 patients, or `file` be named; "
                 f"found {self.pretrain}, {self.validation}, {self.test}"
             )
+        if self.develop < 0:
+            raise BadInput(f"develop must be a number of patients >= 0; found {self.develop}")
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,11 @@ def divided(table: CaseTable, split: Split, folds: int) -> list[Shares]:
     end) and leaves the next ones for pretraining; further ones are not used.
     Raises: BadInput: more patients asked for than there are, more folds than that gives, or a table at odds with the data.
     """
-    if split.file is not None:
-        return [_by_file(table, split.file, fold) for fold in range(folds)]
+    found = [_by_file(table, split.file, fold) for fold in range(folds)] if split.file is not None else _by_order(table, split, folds)
+    return [_without_test(shares, split.develop) for shares in found] if split.develop else found
+
+
+def _by_order(table: CaseTable, split: Split, folds: int) -> list[Shares]:
     patients = sorted({case.patient_id for case in table.cases}, key=lambda name: _order(split.seed, name))
     wanted = split.pretrain + split.validation + split.test
     if wanted > len(patients):
@@ -82,6 +90,15 @@ def divided(table: CaseTable, split: Split, folds: int) -> list[Shares]:
         test, validation, pretrain = (set(turned[a:b]) for a, b in itertools.pairwise(ends))
         found.append(Shares(*(_of(table, chosen) for chosen in (pretrain, validation, test))))
     return found
+
+
+def _without_test(shares: Shares, count: int) -> Shares:
+    patients = sorted({case.patient_id for case in shares.pretrain})
+    if count >= len(patients):
+        raise BadInput(f"split.develop: must be below the {len(patients)} patients of the pretraining share; found {count}")
+    validating = set(patients[-count:])
+    kept = tuple(case for case in shares.pretrain if case.patient_id not in validating)
+    return Shares(kept, tuple(case for case in shares.pretrain if case.patient_id in validating), shares.validation)
 
 
 def _order(seed: int, name: str) -> str:

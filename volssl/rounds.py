@@ -33,8 +33,8 @@ class Study:
         return self.out / "arms" / arm.name / "pretrain.yaml"
 
     def pretraining(self, arm: Arm, seed: int, fold: int) -> Path:
-        """Where a pretraining lies. Args: seed: its own."""
-        return self.out / "pretrainings" / arm.name / f"seed_{seed}-fold_{fold}"
+        """Where an arm's pretraining lies, perhaps another arm's with the same recipe. Args: seed: its own."""
+        return self.out / "pretrainings" / arm.pretrained / f"seed_{seed}-fold_{fold}"
 
     def pretraining_seed(self, seed: int) -> int:
         """Which pretraining the fine-tunings of a seed start from."""
@@ -104,7 +104,7 @@ def ready(study: Study, means: Means, closed: Collection[str]) -> dict[str, Job]
 
 
 def _pretrainings(study: Study, arm: Arm, fold: int, means: Means) -> dict[str, Job]:
-    if arm.pretrain is None:
+    if arm.pretrain is None or arm.pretrained != arm.name:
         return {}
     jobs: dict[str, Job] = {}
     hashes = tuple(digest for case in study.shares[fold].pretrain for digest in study.seen[case.case_id].hashes)

@@ -121,6 +121,7 @@ def _about(study: Study, arm: Arm) -> dict[str, Any]:
     start = "nothing: random first weights" if arm.name == SCRATCH else "a given bundle"
     if arm.pretrain is not None:
         start = f"{arm.pretrain['training'].get('steps', 'the default')} steps on the unlabelled share"
+        start += f", those of {arm.pretrained}" if arm.pretrained != arm.name else ""
     return {"start": start, "overlap": overlap, "own": without_paths(_flat(arm.own)), "pretrain": _differing(study, arm)}
 
 
@@ -154,6 +155,7 @@ def _design(study: Study) -> dict[str, Any]:
         "steps": study.plan.arms[0].finetune.get("optimisation", {}).get("steps"),
         "threads": design.threads,
         "quick": design.quick,
+        "develop": bool(study.plan.split.develop),
     }
 
 

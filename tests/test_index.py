@@ -15,7 +15,6 @@ from volssl import archive, index
 from volssl.__main__ import run_verb
 from volssl.dicom_write import write_dicom_series
 from volssl.files import BadInput, read_csv
-from volssl.splits import split
 from volssl.volume import Grid, Volume
 
 # The planted body part is no valid code on purpose.
@@ -179,15 +178,13 @@ def test_a_full_disk_is_one_clear_error_and_room_mends_it(hospital, small_disk, 
     assert len(index.load(out).rows) == 8
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 10, 40])
-def test_split_never_eats_training(rows):
-    made = [
-        index.Row(f"S{i}", f"P{i}", "T", "CT", "", (9, 9, 9), (1.0, 1.0, 1.0), "RAS", 9, "accept", (), f"C{i}", "") for i in range(rows)
-    ]
-    sides = [row.split for row in split(made, seed=0, share=0.1)]
-    assert sides.count("val") == {1: 0, 2: 0, 3: 0, 5: 1, 10: 1, 40: 4}[rows]
-    assert "train" in sides
-    assert [row.split for row in split(made[::-1], seed=0, share=0.1)] == sides[::-1]
+def test_an_image_whose_name_is_not_utf8_gets_a_row_or_a_failure(tmp_path, phantom):
+    archive.write_nifti(tmp_path / "a/\udcff.nii", *phantom, np.int16)
+    (tmp_path / "a/\udcfe.nii").write_bytes(b"123")
+    assert index.build([tmp_path / "a"], out=tmp_path / "index").failed == 1
+    loaded = index.load(tmp_path / "index")
+    assert [row.verdict for row in loaded.rows] == ["accept"]
+    assert archive.read_source(loaded.sources[loaded.rows[0].scan_id]).grid.shape_vox == phantom[1].shape_vox
 
 
 def test_nan_volume_is_rejected_by_name_of_the_reason(tmp_path, phantom):

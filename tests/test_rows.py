@@ -6,7 +6,7 @@ import pytest
 
 from volssl.archive import Source
 from volssl.files import BadInput
-from volssl.rows import Row, Sources, SourcesFile, load, write_rows
+from volssl.rows import Row, Rows, Sources, SourcesFile, load, write_rows
 from volssl.stacks import Limits
 
 ROW = Row("S1", "P1", "T1", "CT", "CHEST", (5, 6, 7), (0.5, 0.5, 2.0), "LPS", 7, "repair", ("gantry_tilt",), "C1", "val", ("unshear",))
@@ -54,6 +54,20 @@ def test_rows_without_source_are_refused(tmp_path):
 
 
 def test_sources_are_not_kept_in_memory(tmp_path):
-    written(tmp_path)
-    sources = Sources(tmp_path / "private/sources.jsonl")
-    assert sources._begins == {"S0": 0, "S1": len((tmp_path / "private/sources.jsonl").read_text().splitlines()[0]) + 1}
+    names = [f"S{number * 7919 % 2000:04}" for number in range(2000)]
+    with SourcesFile(tmp_path) as file:
+        for number, name in enumerate([*names, "S0007"]):
+            file.add(name, Source("file", (Path(f"/{number}"),)))
+    sources = Sources(tmp_path / "sources.jsonl")
+    assert sum(one.nbytes for one in vars(sources).values() if hasattr(one, "nbytes")) == 16 * 2001
+    assert all(sources[name].files == (Path(f"/{number}"),) for number, name in enumerate(names) if name != "S0007")
+    assert sources["S0007"].files == (Path("/2000"),)  # the last of one name
+    assert list(sources)[:2000] == names and "S0007" in sources and "S2000" not in sources
+
+
+def test_a_table_that_changes_between_two_looks_is_refused(tmp_path):
+    rows = Rows(written(tmp_path) / "index.csv")
+    assert list(rows) == list(rows) == [ROW]
+    write_rows(tmp_path / "index.csv", [ROW, ROW])
+    with pytest.raises(BadInput, match="must stay as it is"):
+        list(rows)

@@ -1,27 +1,34 @@
-"""By patient, copies together, never a scan on both sides."""
+"""By patient, those who belong together on one side, and training never empty."""
 
+import hashlib
+
+import numpy as np
 import pytest
 
-from volssl.rows import Row
-from volssl.splits import split
+from volssl.splits import held_out
 
-
-def row(scan, patient, content, verdict="accept"):
-    return Row(scan, patient, "T", "CT", "", (9, 9, 9), (1.0, 1.0, 1.0), "RAS", 9, verdict, (), content, "")
+NAMES = [f"P{number:02}" for number in range(20)]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_patients_with_a_common_scan_stay_together_whatever_joins_them(seed):
-    rows = [row(f"S{n}", f"P{n // 2}", f"C{n}") for n in range(20)]
-    rows += [row("S20", "P0", "same"), row("S21", "P7", "same", "repair")]
-    done = {one.scan_id: one.split for one in split(rows, seed=seed, share=0.5, twins=[("S2", "S18"), ("S3", "S9")])}
-    assert done["S20"] == done["S21"] == done["S0"] == done["S14"]
-    assert done["S2"] == done["S18"] == done["S9"] == done["S8"]
-    assert set(done.values()) == {"train", "val"}
+def test_joined_patients_stay_together_whatever_joins_them(seed):
+    chosen = held_out(NAMES, [(0, 7), (4, 9), (9, 8), (8, 2), (2, 4)], seed=seed, share=0.5)
+    assert chosen[0] == chosen[7]
+    assert chosen[4] == chosen[9] == chosen[8] == chosen[2]
+    assert 0 < chosen.sum() < 20
 
 
-def test_rejected_scans_have_no_side_and_join_nobody():
-    rows = [row("S0", "P0", "C"), row("S1", "P1", "C", "reject"), row("S2", "P2", "D")]
-    done = split(rows, seed=0, share=0.5, twins=[("S1", "S2")])
-    assert done[1].split == ""
-    assert {done[0].split, done[2].split} == {"train", "val"}
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_is_that_of_the_hashes(seed):
+    """An independent writing: groups by sets, whole hashes, a list."""
+    groups = [{0, 7}, {2, 4, 8, 9}, *({n} for n in (1, 3, 5, 6, *range(10, 20)))]
+    groups.sort(key=lambda group: hashlib.sha256(f"{seed}\0{NAMES[min(group)]}".encode()).hexdigest())
+    expected = sorted(set().union(*groups[:5]))  # 16 groups, share 0.3
+    chosen = held_out(NAMES, [(9, 8), (0, 7), (4, 2), (8, 4)], seed=seed, share=0.3)
+    assert np.flatnonzero(chosen).tolist() == expected
+
+
+@pytest.mark.parametrize(("count", "left"), [(0, 0), (1, 0), (2, 0), (3, 0), (5, 1), (10, 1), (20, 2)])
+def test_the_share_is_rounded_and_training_is_never_eaten(count, left):
+    assert held_out(NAMES[:count], [], seed=0, share=0.1).sum() == left
+    assert held_out(NAMES[:count], [], seed=0, share=0.99).sum() == max(0, count - 1)

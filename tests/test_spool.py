@@ -28,11 +28,22 @@ def test_series_come_back_together(tmp_path, phantom):
 def test_files_by_kind_with_any_name(tmp_path):
     names = [Path("/a/Größe"), Path("/a/\udcff"), Path("/b")]
     with spooled(tmp_path) as spool:
-        spool.add_files(zip(names, ["dicom", "dicom", "empty_file"], strict=True))
+        spool.add_files(zip(names, ["dicom", "dicom", "file"], strict=True))
         assert list(spool.files("dicom")) == names[:2]
         assert spool.count("dicom") == 2
-        assert list(spool.others(("dicom", "file"))) == [(names[2], "empty_file")]
         assert [spool.is_new(1, 2), spool.is_new(1, 2), spool.is_new(2, 1)] == [True, False, True]
+
+
+def test_files_set_aside_are_named_and_each_is_one(tmp_path):
+    names = [Path(f"/a/{name}") for name in ("c", "\udcff", "b", "a", "d")]
+    with spooled(tmp_path) as spool:
+        spool.set_aside(zip(names, ["truncated", "text", "empty", "empty", "text"], strict=True), ignored={"text"})
+        spool.set_aside([(names[0], "missing"), (names[4], "empty")], ignored={"text"})
+        assert spool.count_aside(ignored=False) == {"empty": 3, "missing": 1}
+        assert spool.count_aside(ignored=True) == {"text": 1}
+        unread = [(f"F{path}", code, path) for path, code in [("/a/c", "missing"), ("/a/b", "empty"), ("/a/a", "empty"), ("/a/d", "empty")]]
+        assert list(spool.aside("F{}".format)) == [*unread, ("", "text", "/a/\udcff")]
+        assert list(spool.failures()) == sorted((name, code) for name, code, _ in unread)
 
 
 def test_a_full_disk_is_an_error_of_the_disk_and_nothing_stays(small_disk):

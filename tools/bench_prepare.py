@@ -149,7 +149,7 @@ def measure_rows(work: Path) -> list[Row]:
         names = [f"S{number:016x}" for number in range(count - 1)]
         folder = work / f"index_{count}"
         shutil.copytree(work / "index_one", folder)
-        write_rows(folder / "index.csv", [row, *(replace(row, scan_id=name) for name in names)])
+        write_rows(folder / "index.csv", sorted([row, *(replace(row, scan_id=name) for name in names)], key=lambda row: row.scan_id))
         with SourcesFile(folder / "private") as sources:
             for scan_id, one in [(row.scan_id, source), *((name, gone) for name in names)]:
                 sources.add(scan_id, one)

@@ -7,7 +7,7 @@ tolerance is that of rounding instead of looks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from volssl.volume import Grid, Volume
 
 BLOCKS = 4  # along both axes of a slice
+AT_ONCE = 256  # prints that are compared are read so many at a time
 PLANES = (0.2, 0.4)  # and as far from the other end, so that they are the same ones from either side
 
 
@@ -83,19 +84,40 @@ def twins(names: Sequence[str], prints: Sequence[Sequence[Print]], *, tolerance:
         for one in several:
             groups.setdefault((one.shape_vox, one.axis), []).append((number, one.means))
     for members in groups.values():
-        for one, two in _close_pairs(np.array([means for _, means in members]), tolerance):
+        means_NK = np.array([means for _, means in members])
+        for one, two in close_pairs(len(members), means_NK.__getitem__, tolerance=tolerance):
             low, high = sorted((members[one][0], members[two][0]))
             if low != high:
                 yield names[low], names[high]
 
 
-def _close_pairs(means_NK: np.ndarray, tolerance: float) -> Iterator[tuple[int, int]]:
-    # Sorted along the component that spreads most, candidates are neighbours.
-    order = np.argsort(means_NK[:, np.argmax(means_NK.std(axis=0))], kind="stable")
-    key = means_NK[order, np.argmax(means_NK.std(axis=0))]
+def close_pairs(count: int, means_of: Callable[[np.ndarray], np.ndarray], *, tolerance: float) -> Iterator[tuple[int, int]]:
+    """Places of all pairs among `count` prints of one shape and axis whose means are nowhere further apart than `tolerance`.
+
+    Args: means_of: places (n,) -> their means (n, K), which may lie on disk. Memory: 24 bytes a print, and those that are close to one.
+    """
+    key = _keys(count, means_of)
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    window_NK, begin, stop = means_of(order[:1]), 0, 1
     for place, end in enumerate(np.searchsorted(key, key + tolerance, side="right")):
         if end <= place + 1:
             continue
-        near = np.abs(means_NK[order[place + 1 : end]] - means_NK[order[place]]).max(axis=1) <= tolerance
+        if end > stop:
+            until = min(count, end + AT_ONCE)
+            window_NK = np.concatenate([window_NK[max(0, place - begin) :], means_of(order[max(stop, place) : until])])
+            begin, stop = place, until
+        near = np.abs(window_NK[place + 1 - begin : end - begin] - window_NK[place - begin]).max(axis=1) <= tolerance
         for other in np.flatnonzero(near):
             yield int(order[place]), int(order[place + 1 + other])
+
+
+def _keys(count: int, means_of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    # The component that spreads most: sorted along it, candidates are neighbours.
+    parts = [np.arange(begin, min(begin + AT_ONCE, count)) for begin in range(0, count, AT_ONCE)]
+    sums, squares = np.zeros(1), np.zeros(1)
+    for part in parts:
+        means_NK = means_of(part).astype(np.float64)
+        sums, squares = sums + means_NK.sum(axis=0), squares + (means_NK**2).sum(axis=0)
+    widest = int(np.argmax(squares / count - (sums / count) ** 2))
+    return np.concatenate([means_of(part)[:, widest].copy() for part in parts])  # a view would keep the whole block

@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,17 +19,18 @@ from volssl import archive
 from volssl.dicom import Slice
 from volssl.examine import Facts, examined
 from volssl.files import BadInput, Outcome, claim_out, track, write_csv, write_json
-from volssl.fingerprint import Print, twins
 from volssl.gates import Gates as Gates
 from volssl.pseudonyms import claim_key, pseudonym
 from volssl.quality import Look, write_quality
+from volssl.register import Register
 from volssl.rows import Index as Index
 from volssl.rows import Row, SourcesFile, write_rows
 from volssl.rows import load as load
-from volssl.splits import split
 from volssl.spool import Spool, packed, spooled, unpacked
 
 VERSION = 2
+SCHEDULED = ("unopened", "file")  # what `archive.walk` says of files that are to be read
+TOLD = {"accept": "accepted", "repair": "to repair", "reject": "rejected"}
 BATCH = 64  # headers that a worker reads at a time
 
 
@@ -58,59 +59,66 @@ def build(
     with _mapper(workers) as over:
         with spooled(private) as spool:
             _gather(spool, archives, over)
-            others = dict(spool.others(("unopened", "file")))
-            failed = {path: kind for path, kind in others.items() if kind not in archive.IGNORED}
-            ignored = {path: kind for path, kind in others.items() if kind in archive.IGNORED}
-            total = spool.count_series() + spool.count("file")
-            facts_of = over(partial(_examined, gates), _chained(spool.series(), spool.files("file")))
-            key, rows, prints, places = b"", [], [], {}
-            roots = {Path(path).absolute() for path in archives}
+            register = Register(spool.base)
+            facts_of = _facts(spool, over, gates)
             with SourcesFile(private) as sources:
-                for facts in (one for several in track(facts_of, total=total, label="index") for one in several):
-                    if facts.failure:
-                        failed |= dict.fromkeys(facts.source.files, facts.failure)
-                        continue
-                    key = key or claim_key(out, gates.key)
-                    rows.append(_row(key, facts, gates))
-                    prints.append(facts.prints if rows[-1].usable else ())
-                    if rows[-1].usable and facts.place and facts.source.files[0].parent not in roots:
-                        places.setdefault(facts.place[:16], []).append(rows[-1].scan_id)
-                    sources.add(rows[-1].scan_id, facts.source)
-                if not rows:
-                    _refuse(archives, failed, ignored, leave=[private] * fresh + [out] * made)
-        rows = _with_twins(rows, prints, gates)
-        siblings = ((names[0], other) for names in places.values() if len(names) <= gates.siblings for other in names[1:])
-        rows = split(rows, seed=seed, share=gates.validation_share, twins=siblings)
-        _write_files(out, key, failed=failed, ignored=ignored)
-        write_json(out / "summary.json", _summary(rows, failed, ignored))
-        write_rows(out / "index.csv", rows)
+                key = _enter(facts_of, register, sources, out=out, gates=gates, roots={Path(path).absolute() for path in archives})
+                if not register.series:
+                    _refuse(archives, spool, leave=[private] * fresh + [out] * made)
+            register.divide(tolerance=gates.duplicate_tolerance, siblings=gates.siblings, seed=seed, share=gates.validation_share)
+            _write_files(out, key, spool)
+            failed = spool.count_aside(ignored=False)
+            counts = {"files_unreadable": failed, "files_ignored": spool.count_aside(ignored=True)}
+            write_json(out / "summary.json", {"version": VERSION, **register.summary(), **counts})
+            write_rows(out / "index.csv", register.rows())
         write_quality(out, look=Look(gates.thumbnails, gates.vendors), over=over)
-    counts = Counter(row.verdict for row in rows)
-    return Outcome(
-        out, len(failed), f"{len(rows)} series: {counts['accept']} accepted, {counts['repair']} to repair, {counts['reject']} rejected"
-    )
+    told = ", ".join(f"{register.verdicts[verdict]} {name}" for verdict, name in TOLD.items())
+    return Outcome(out, sum(failed.values()), f"{register.series} series: {told}")
 
 
-def _refuse(archives: Sequence[Path], failed: dict[Path, str], ignored: dict[Path, str], *, leave: Sequence[Path]) -> None:
+def _refuse(archives: Sequence[Path], spool: Spool, *, leave: Sequence[Path]) -> None:
     # `leave`: folders that this run made.
+    found = Counter(spool.count_aside(ignored=False)) + Counter(spool.count_aside(ignored=True))
     for folder in leave:
         for left in folder.iterdir():
             left.unlink()
         folder.rmdir()
-    counts = ", ".join(f"{n} {code}" for code, n in sorted(Counter([*failed.values(), *ignored.values()]).items()))
+    counts = ", ".join(f"{n} {code}" for code, n in sorted(found.items()))
     raise BadInput(f"archive {', '.join(map(str, archives))}: must hold scans; found {counts or 'no file'}")
 
 
 def _gather(spool: Spool, archives: Sequence[Path], over: Callable[..., Iterable[Any]]) -> None:
     # Every file, and the header of every DICOM file, into the spool. Files are opened by the workers: a slow disk serves several at once.
     for files in _batched(archive.walk(archives, is_new=spool.is_new), 1000):
-        spool.add_files(files)
+        spool.add_files(one for one in files if one[1] in SCHEDULED)
+        spool.set_aside((one for one in files if one[1] not in SCHEDULED), ignored=archive.IGNORED)
     batches = over(_headers, _batched(spool.files("unopened"), BATCH))
-    unread: list[tuple[Path, str]] = []
     for slices, odd in track(batches, total=-(-spool.count("unopened") // BATCH), label=f"headers, {BATCH} files"):
         spool.add_slices(slices)
-        unread += odd
-    spool.add_files(unread)
+        spool.set_aside(odd, ignored=archive.IGNORED)
+
+
+def _facts(spool: Spool, over: Callable[..., Iterable[Any]], gates: Gates) -> Iterator[Facts]:
+    # Of every volume that can be read; files of the others are set aside.
+    facts_of = over(partial(_examined, gates), _chained(spool.series(), spool.files("file")))
+    for facts in (one for several in track(facts_of, total=spool.count_series() + spool.count("file"), label="index") for one in several):
+        if facts.failure:
+            spool.set_aside(((path, facts.failure) for path in facts.source.files), ignored=archive.IGNORED)
+        else:
+            yield facts
+
+
+def _enter(
+    facts_of: Iterable[Facts], register: Register, sources: SourcesFile, *, out: Path, gates: Gates, roots: Collection[Path]
+) -> bytes:
+    # Rows into the register, and how each is read into its file. Returns: the key, if there was a row.
+    key = b""
+    for facts in facts_of:
+        key = key or claim_key(out, gates.key)
+        row = _row(key, facts, gates)
+        register.add(row, prints=facts.prints, place="" if facts.source.files[0].parent in roots else facts.place[:16])
+        sources.add(row.scan_id, facts.source)
+    return key
 
 
 def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -177,54 +185,18 @@ def _row(key: bytes, facts: Facts, gates: Gates) -> Row:
     )
 
 
-def _with_twins(rows: list[Row], prints: Sequence[Sequence[Print]], gates: Gates) -> list[Row]:
-    # Copies of one scan get one content hash, the least of theirs, so that every reader of the table sees them.
-    hashes = {row.scan_id: row.content_hash for row in rows}
-    leader = {name: name for name in hashes.values()}
-
-    def root(name: str) -> str:
-        while leader[name] != name:
-            leader[name] = name = leader[leader[name]]
-        return name
-
-    for one, two in twins([row.scan_id for row in rows], prints, tolerance=gates.duplicate_tolerance):
-        low, high = sorted((root(hashes[one]), root(hashes[two])))
-        leader[high] = low
-    return [replace(row, content_hash=root(row.content_hash)) for row in rows]
-
-
-def _write_files(out: Path, key: bytes, *, failed: dict[Path, str], ignored: dict[Path, str]) -> None:
+def _write_files(out: Path, key: bytes, spool: Spool) -> None:
     # The private list of files, and the failures by pseudonym.
     private = out / "private"
-    unread = [{"file_id": pseudonym(key, "F", str(path)), "reason": code, "path": _readable(path)} for path, code in failed.items()]
-    aside = [{"file_id": "", "reason": code, "path": _readable(path)} for path, code in ignored.items()]
-    write_csv(private / "files.csv", [*unread, *aside], ["file_id", "reason", "path"])
+    aside = spool.aside(lambda path: pseudonym(key, "F", path))
+    listed = ({"file_id": name, "reason": code, "path": _readable(path)} for name, code, path in aside)
+    write_csv(private / "files.csv", listed, ["file_id", "reason", "path"])
     for file in private.iterdir():
         file.chmod(0o600)
-    named = [{name: row[name] for name in ("file_id", "reason")} for row in sorted(unread, key=lambda row: row["file_id"])]
+    named = ({"file_id": name, "reason": code} for name, code in spool.failures())
     write_csv(out / "failures.csv", named, ["file_id", "reason"])
 
 
-def _readable(path: Path) -> str:
+def _readable(path: str) -> str:
     # A name that is not UTF-8 is written with its bytes escaped.
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _summary(rows: Sequence[Row], failed: dict[Path, str], ignored: dict[Path, str]) -> dict[str, Any]:
-    def count(values: Iterable[str]) -> dict[str, int]:
-        return dict(sorted(Counter(values).items()))
-
-    usable = [row for row in rows if row.usable]
-    return {
-        "version": VERSION,
-        "series": len(rows),
-        "patients": len({row.patient_id for row in rows}),
-        "verdicts": count(row.verdict for row in rows),
-        "reasons": count(code for row in rows for code in row.reasons),
-        "repairs": count(code for row in rows for code in row.repairs),
-        "accepted_modalities": count(row.modality for row in usable),
-        "accepted_splits": count(row.split for row in usable),
-        "duplicates": len(usable) - len({row.content_hash for row in usable}),
-        "files_unreadable": count(failed.values()),
-        "files_ignored": count(ignored.values()),
-    }

@@ -31,4 +31,4 @@ def claim_key(out: Path, given_file: Path | None) -> bytes:
 
 def pseudonym(key: bytes, letter: str, *identity: str) -> str:
     """Keyed hash of an identity (HMAC-SHA-256, 64 bits): the same for the same key, and nobody without the key can try names."""
-    return letter + hmac.new(key, "\0".join((letter, *identity)).encode(), hashlib.sha256).hexdigest()[:16]
+    return letter + hmac.new(key, "\0".join((letter, *identity)).encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:16]

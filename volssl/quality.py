@@ -6,7 +6,6 @@ pseudonyms and counts; its thumbnails are voxels, which may show a face.
 
 from __future__ import annotations
 
-import csv
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from volssl.glimpse import LARGEST_VOX, glimpse
 from volssl.page import embedded, render
 from volssl.pictures import window_of
 from volssl.reasons import explained
-from volssl.rows import SOURCES, Row, Sources, parsed
+from volssl.rows import SOURCES, Row, Rows, Sources
 from volssl.thumbnails import middle_planes, planes_png
 from volssl.volume import Volume
 
@@ -165,7 +164,7 @@ def write_quality(index: Path, *, look: Look = Look(), over: Over = map) -> Path
         "repair": Sample(SHOWN["repair"], lambda row: row.reasons),
         "reject": Sample(SHOWN["reject"], lambda row: row.reasons),
     }
-    for row in _rows(index / "index.csv"):
+    for row in Rows(index / "index.csv"):
         tally.add(row)
         if look.thumbnails and not UNSEEN & set(row.reasons):
             samples[row.verdict].add(row)
@@ -190,16 +189,6 @@ def write_quality(index: Path, *, look: Look = Look(), over: Over = map) -> Path
     )
     write_text(index / "quality.html", page)
     return index / "quality.html"
-
-
-def _rows(table: Path) -> Iterator[Row]:
-    try:
-        with open(table, newline="", encoding="utf-8") as lines:
-            yield from map(parsed, csv.DictReader(lines))
-    except FileNotFoundError:
-        raise BadInput(f"{table}: must exist; found nothing there; run `volssl index`") from None
-    except (KeyError, ValueError, AttributeError) as error:
-        raise BadInput(f"{table}: must be as `volssl index` writes it; {error!r}") from None
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from volssl.archive import Source
-from volssl.files import BadInput, atomic, read_csv, write_csv
+from volssl.files import BadInput, atomic, write_csv
 
 SOURCES = "sources.jsonl"
 
@@ -44,28 +50,75 @@ class Row:
 
 
 class Sources(Mapping[str, Source]):
-    """How each scan of an index is read, by scan_id. Looked up on disk, so that 100,000 series take no memory."""
+    """How each scan of an index is read, by scan_id. Looked up on disk: 16 bytes a scan are kept, a hash of its name and its place."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._begins: dict[str, int] = {}
+        begins, hashes, begin = array("q"), array("q"), 0
         with open(file, "rb") as lines:
-            begin = 0
             for line in lines:
-                self._begins[line[2:].split(b'"', 1)[0].decode()] = begin
+                begins.append(begin)
+                hashes.append(_hash(_name(line)))
                 begin += len(line)
+        order = np.argsort(np.frombuffer(hashes, dtype=np.int64), kind="stable")
+        self._hashes, self._begins = np.frombuffer(hashes, dtype=np.int64)[order], np.frombuffer(begins, dtype=np.int64)[order]
 
     def __getitem__(self, scan_id: str) -> Source:
-        begin = self._begins[scan_id]
+        near, end = (int(np.searchsorted(self._hashes, _hash(scan_id), side=side)) for side in ("left", "right"))
         with open(self.file, "rb") as lines:
-            lines.seek(begin)
-            return Source.of(json.loads(lines.readline())[scan_id])
+            for begin in reversed(self._begins[near:end].tolist()):  # of lines with one name the last counts
+                lines.seek(begin)
+                line = lines.readline()
+                if _name(line) == scan_id:
+                    return Source.of(json.loads(line)[scan_id])
+        raise KeyError(scan_id)
+
+    def __contains__(self, scan_id: object) -> bool:
+        # By its hash of 64 bits alone, without a look at the disk.
+        place = int(np.searchsorted(self._hashes, _hash(str(scan_id))))
+        return place < len(self._hashes) and self._hashes[place] == _hash(str(scan_id))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._begins)
+        with open(self.file, "rb") as lines:
+            yield from map(_name, lines)
 
     def __len__(self) -> int:
         return len(self._begins)
+
+
+def _name(line: bytes) -> str:
+    return line[2:].split(b'"', 1)[0].decode()
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little", signed=True)
+
+
+class Rows(Iterable[Row]):
+    """The rows of an index.csv, read from disk each time they are gone through.
+
+    Raises: BadInput, while they are: no such file, not such a table, or another one than the time before.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._facts: tuple[int, int, int] | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        try:
+            with open(self.file, newline="", encoding="utf-8") as lines:
+                now = os.fstat(lines.fileno())
+                facts = (now.st_ino, now.st_size, now.st_mtime_ns)
+                if self._facts not in (None, facts):
+                    raise BadInput(f"{self.file}: must stay as it is while it is used; found another; run again")
+                self._facts = facts
+                yield from map(parsed, csv.DictReader(lines))
+        except FileNotFoundError:
+            raise BadInput(f"{self.file}: must exist; found nothing there; run `volssl index`") from None
+        except BadInput:
+            raise
+        except (KeyError, ValueError, AttributeError) as error:
+            raise BadInput(f"{self.file}: must be as `volssl index` writes it; {error!r}") from None
 
 
 @dataclass(frozen=True)
@@ -76,9 +129,9 @@ class Index:
     sources: Mapping[str, Source]
 
 
-def write_rows(file: Path, rows: Sequence[Row]) -> None:
-    """Write index.csv, sorted by scan_id."""
-    write_csv(file, [_text(row) for row in sorted(rows, key=lambda row: row.scan_id)], [one.name for one in fields(Row)])
+def write_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Write index.csv, row by row; `rows` come in the order of their scan_id."""
+    write_csv(file, map(_text, rows), [one.name for one in fields(Row)])
 
 
 class SourcesFile:
@@ -101,20 +154,26 @@ class SourcesFile:
         self._stream.write(json.dumps({scan_id: source.as_json()}) + "\n")
 
 
+def opened(index: Path) -> tuple[Rows, Sources]:
+    """What `volssl index` left, checked and not kept: its rows, and how each is read.
+
+    Raises: BadInput: no index there, or without its private part.
+    """
+    rows, private = Rows(Path(index) / "index.csv"), Path(index) / "private"
+    for _ in rows:  # whether they can be read at all comes first
+        pass
+    if not (private / SOURCES).is_file():
+        raise BadInput(f"{private}: must name the files of every series; found no {SOURCES}; run index again")
+    sources = Sources(private / SOURCES)
+    if missing := sum(row.scan_id not in sources for row in rows):
+        raise BadInput(f"{private}: must name the files of every series; found none for {missing}; run index again")
+    return rows, sources
+
+
 def load(index: Path) -> Index:
-    """Read what `volssl index` left. Raises: BadInput: no index there, or without its private part."""
-    index = Path(index)
-    table = read_csv(index / "index.csv")
-    try:
-        rows = [parsed(row) for row in table]
-    except (KeyError, ValueError, AttributeError) as error:
-        raise BadInput(f"{index / 'index.csv'}: must be as `volssl index` writes it; {error!r}") from None
-    if not (index / "private" / SOURCES).is_file():
-        raise BadInput(f"{index / 'private'}: must name the files of every series; found no {SOURCES}; run index again")
-    sources = Sources(index / "private" / SOURCES)
-    if missing := [row.scan_id for row in rows if row.scan_id not in sources]:
-        raise BadInput(f"{index / 'private'}: must name the files of every series; found none for {len(missing)}; run index again")
-    return Index(rows, sources)
+    """The same with all rows in memory, a kilobyte each. Raises: BadInput: as `opened`."""
+    rows, sources = opened(index)
+    return Index(list(rows), sources)
 
 
 def parsed(row: dict[str, str]) -> Row:

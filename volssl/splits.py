@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 
-from volssl.rows import Row
+import numpy as np
 
 
-def split(rows: Sequence[Row], *, seed: int, share: float, twins: Iterable[tuple[str, str]] = ()) -> list[Row]:
-    """Rows with their `split`: about `share` of the patients is val, the rest train; rejected rows have none.
+def held_out(names: Iterable[str], joins: Iterable[tuple[int, int]], *, seed: int, share: float) -> np.ndarray:
+    """Which patients are for validation, N bools: about `share` of the groups of those joined, and never all.
 
-    Patients who hold one and the same scan (equal content hashes, or scan_ids paired in `twins`) are one group and stay together. Groups
-    are put in an order that depends on `seed` and their pseudonyms alone.
+    Args: names: the pseudonyms of the N patients in ascending order. joins: pairs of places in that order, of patients who stay together.
+    Groups are put in an order that depends on `seed` and their least pseudonyms alone. Memory: some 50 bytes a patient.
     """
-    usable = {row.scan_id: row for row in rows if row.usable}
-    group = {row.patient_id: row.patient_id for row in usable.values()}
+    drawn = bytearray()
+    for name in names:
+        drawn += _draw(seed, name)
+    draws = np.frombuffer(drawn, dtype=">u8").reshape(-1, 2)
+    leader = np.arange(len(draws))
 
-    def root(patient: str) -> str:
-        while group[patient] != patient:
-            group[patient] = patient = group[group[patient]]
+    def root(patient: int) -> int:
+        while leader[patient] != patient:
+            leader[patient] = patient = int(leader[leader[patient]])
         return patient
 
-    def join(one: str, two: str) -> None:
+    for one, two in joins:
         low, high = sorted((root(one), root(two)))
-        group[high] = low
-
-    first: dict[str, str] = {}
-    for row in usable.values():
-        join(row.patient_id, first.setdefault(row.content_hash, row.patient_id))
-    for one, two in twins:
-        if one in usable and two in usable:
-            join(usable[one].patient_id, usable[two].patient_id)
-    groups = sorted({root(patient) for patient in group}, key=lambda name: _order(seed, name))
-    held_out = set(groups[: min(int(share * len(groups) + 0.5), len(groups) - 1)])
-    side = {patient: "val" if root(patient) in held_out else "train" for patient in group}
-    return [replace(row, split=side[row.patient_id] if row.usable else "") for row in rows]
+        leader[high] = low
+    while not np.array_equal(leader, nearer := leader[leader]):
+        leader = nearer
+    groups = np.flatnonzero(leader == np.arange(len(leader)))
+    order = np.lexsort((draws[groups, 1], draws[groups, 0]))
+    chosen = np.zeros(len(leader), dtype=bool)
+    chosen[groups[order[: max(0, min(int(share * len(groups) + 0.5), len(groups) - 1))]]] = True
+    return chosen[leader]
 
 
-def _order(seed: int, name: str) -> str:
-    return hashlib.sha256(f"{seed}\0{name}".encode()).hexdigest()
+def _draw(seed: int, name: str) -> bytes:
+    # The first 128 bits put pseudonyms of 64 in as good an order as all.
+    return hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:16]

@@ -6,7 +6,7 @@ import errno
 import os
 import pickle
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,8 @@ from pathlib import Path
 from volssl.dicom import Slice
 
 TABLES = """
-CREATE TABLE files (path BLOB, kind TEXT, code TEXT);
+CREATE TABLE files (path BLOB, kind TEXT);
+CREATE TABLE aside (path BLOB UNIQUE, code TEXT, ignored INTEGER, file_id TEXT);
 CREATE TABLE slices (series BLOB, header BLOB);
 CREATE TABLE seen (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
@@ -77,19 +78,36 @@ class Spool:
         return self.base.execute("INSERT OR IGNORE INTO seen VALUES (?)", (f"{device}:{number}",)).rowcount == 1
 
     def add_files(self, files: Iterable[tuple[Path, str]]) -> None:
-        """Keep files with their kind; codes of what is wrong with them come as kinds, too."""
-        self.base.executemany("INSERT INTO files VALUES (?, ?, '')", ((os.fsencode(path), kind) for path, kind in files))
+        """Keep files that are to be read, with their kind."""
+        self.base.executemany("INSERT INTO files VALUES (?, ?)", ((os.fsencode(path), kind) for path, kind in files))
 
     def files(self, kind: str) -> Iterator[Path]:
         """Those of one kind, in the order they came."""
         for (path,) in self.base.execute("SELECT path FROM files WHERE kind = ? ORDER BY rowid", (kind,)):
             yield Path(os.fsdecode(path))
 
-    def others(self, known: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-        """Those of no kind in `known`, with their code."""
-        for path, kind in self.base.execute("SELECT path, kind FROM files ORDER BY rowid"):
-            if kind not in known:
-                yield Path(os.fsdecode(path)), kind
+    def set_aside(self, files: Iterable[tuple[Path, str]], *, ignored: Collection[str]) -> None:
+        """Keep files that are no scans, each once, with a code: one of `ignored`, or why it cannot be read. The last word counts."""
+        rows = ((os.fsencode(path), code, code in ignored) for path, code in files)
+        self.base.executemany(
+            "INSERT INTO aside VALUES (?, ?, ?, '') ON CONFLICT DO UPDATE SET code = excluded.code, ignored = excluded.ignored", rows
+        )
+
+    def count_aside(self, *, ignored: bool) -> dict[str, int]:
+        """How many files were ignored, or could not be read, by code."""
+        return dict(self.base.execute("SELECT code, COUNT(*) FROM aside WHERE ignored = ? GROUP BY code ORDER BY code", (ignored,)))
+
+    def aside(self, name: Callable[[str], str]) -> Iterator[tuple[str, str, str]]:
+        """(file_id, code, path): of files that cannot be read, as `name` makes it of the path, then of those ignored, without one."""
+        self.base.create_function("name", 1, lambda path: name(os.fsdecode(path)), deterministic=True)
+        self.base.execute("UPDATE aside SET file_id = name(path) WHERE NOT ignored")
+        for ignored in (False, True):
+            found = self.base.execute("SELECT file_id, code, path FROM aside WHERE ignored = ? ORDER BY rowid", (ignored,))
+            yield from ((file_id, code, os.fsdecode(path)) for file_id, code, path in found)
+
+    def failures(self) -> Iterator[tuple[str, str]]:
+        """file_id and code of the files that cannot be read, in the order of the former, once `aside` has named them."""
+        yield from self.base.execute("SELECT file_id, code FROM aside WHERE NOT ignored ORDER BY file_id")
 
     def count(self, kind: str) -> int:
         """How many files are of one kind."""

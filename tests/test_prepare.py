@@ -22,6 +22,7 @@ from volssl import archive, index, prepare
 from volssl.dicom_write import write_dicom_series
 from volssl.files import BadInput, read_csv
 from volssl.pools import Means
+from volssl.rows import SourcesFile, write_rows
 from volssl.store import Store
 from volssl.volume import Grid, Volume
 
@@ -361,6 +362,34 @@ def test_manifest_takes_no_memory_that_grows_with_it(tmp_path, made_index):
     assert (tmp_path / "store/manifest.csv").stat().st_size > 4_000_000
     assert peak < 2_000_000  # as for 20,000; what is not yet collected comes and goes
     assert len(Store.open(tmp_path / "store").rows) == 8000
+
+
+def test_rows_take_no_memory_that_grows_with_them(tmp_path, made_index):
+    """Rows of another modality than the recipe's are gone through, counted and named; a row in memory takes a kilobyte."""
+    loaded, peaks = index.load(made_index), {}
+    for count in (500, 4500):
+        folder = tmp_path / f"{count}"
+        (folder / "private").mkdir(parents=True)
+        others = [replace(loaded.rows[0], scan_id=f"T{number:08}", modality="PT") for number in range(count)]
+        write_rows(folder / "index.csv", [*loaded.rows, *others])
+        with SourcesFile(folder / "private") as sources:
+            for row in [*loaded.rows, *others]:
+                sources.add(row.scan_id, loaded.sources.get(row.scan_id, archive.Source("file", (tmp_path / "none.nii",))))
+        del others
+        tracemalloc.start()
+        outcome = prepare.run(folder, out=tmp_path / f"store{count}", overrides=SMALL)
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert outcome.failed == count + 2
+        assert [row["reason"] for row in read_csv(tmp_path / f"store{count}/failures.csv")].count("other_modality") == count + 1
+    assert peaks[4500] - peaks[500] < 150 * 4000, peaks
+
+
+def test_a_table_in_another_order_gives_the_same_store(tmp_path, made_index):
+    prepare.run(made_index, out=tmp_path / "one", overrides=SMALL)
+    write_rows(made_index / "index.csv", index.load(made_index).rows[::-1])
+    prepare.run(made_index, out=tmp_path / "two", overrides=SMALL)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
 @pytest.mark.parametrize("code", ["LPS", "RAS", "SAL", "IPR"])

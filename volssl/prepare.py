@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,7 @@ from volssl.pools import Lost, Means, spread
 from volssl.recipe import load as load_recipe
 from volssl.recipe import parse
 from volssl.resample import slabs
-from volssl.rows import Row
-from volssl.rows import load as load_index
+from volssl.rows import Row, opened
 from volssl.store import About, Entry, Store
 from volssl.volume import Grid, Volume
 
@@ -35,6 +34,7 @@ FAILURES = ["scan_id", "reason"]
 BYTES_PER_VOXEL = 0.8
 ENOUGH_STORED = 10  # from so many volumes on, their own bytes per voxel are taken instead
 FULL = (errno.ENOSPC, errno.EDQUOT)
+Table = Callable[[], Iterator[Row]]  # rows that are gone through again and again
 logger = logging.getLogger(__name__)
 
 
@@ -78,16 +78,18 @@ def run(
     """
     settings = _settings(recipe, overrides)
     rows, sources = _usable(index)
+    count = sum(1 for _ in rows())
     out = claim_out(out, resume=resume, overwrite=overwrite).absolute()
     try:
         store = Store.create(out, about_of(settings))
         _sweep(out)
-        failures = _prepare_all(store, settings, rows, sources=sources, means=means)
-        write_csv(out / "failures.csv", ({"scan_id": key, "reason": failures[key]} for key in sorted(failures)), FAILURES)
-        if len(failures) == len(rows):
-            reasons = ", ".join(sorted(set(failures.values())))
+        code_of = _prepare_all(store, settings, rows, sources=sources, means=means)
+        failed = sum(1 for row in rows() if code_of(row))
+        write_csv(out / "failures.csv", ({"scan_id": row.scan_id, "reason": code} for row in rows() if (code := code_of(row))), FAILURES)
+        if failed == count:
+            reasons = ", ".join(sorted(set(map(code_of, rows()))))
             raise BadInput(f"prepare {index}: no scan could be prepared; found {reasons}; see {out / 'failures.csv'}")
-        store.finish(_entries(store, sorted(row.scan_id for row in rows if row.scan_id not in failures)))
+        store.finish(_entries(store, (row.scan_id for row in rows() if not code_of(row))))
         from volssl.preview import write_preview  # draws with matplotlib, which a worker need not load
 
         write_preview(out)
@@ -95,7 +97,7 @@ def run(
         if error.errno not in FULL:
             raise
         raise BadInput(f"--out {out}: the disk is full; make room and run again with --resume") from None
-    return Outcome(out, len(failures), f"{len(rows) - len(failures)} of {len(rows)} usable scans prepared")
+    return Outcome(out, failed, f"{count - failed} of {count} usable scans prepared")
 
 
 def about_of(settings: Settings) -> About:
@@ -115,12 +117,18 @@ def _settings(recipe: str | Path, overrides: Sequence[str]) -> Settings:
     return parse({"prepare": values}, {"prepare": Settings}, str(recipe))["prepare"]
 
 
-def _usable(index: Path) -> tuple[list[Row], Mapping[str, archive.Source]]:
-    loaded = load_index(index)
-    rows = [row for row in loaded.rows if row.usable]
-    if not rows:
-        raise BadInput(f"index {index}: must hold accepted scans; found none of {len(loaded.rows)}")
-    return rows, loaded.sources
+def _usable(index: Path) -> tuple[Table, Mapping[str, archive.Source]]:
+    # The usable rows, in the order of their scan_id: read from disk each time, unless somebody has put the table in another order.
+    rows, sources = opened(index)
+    total, last, ordered, found = 0, "", True, False
+    for row in rows:
+        total, ordered, last, found = total + 1, ordered and last <= row.scan_id, row.scan_id, found or row.usable
+    if not found:
+        raise BadInput(f"index {index}: must hold accepted scans; found none of {total}")
+    if ordered:
+        return lambda: (row for row in rows if row.usable), sources
+    kept = sorted((row for row in rows if row.usable), key=lambda row: row.scan_id)
+    return lambda: iter(kept), sources
 
 
 def _sweep(out: Path) -> None:
@@ -131,20 +139,19 @@ def _sweep(out: Path) -> None:
 
 
 def _prepare_all(
-    store: Store, settings: Settings, rows: Sequence[Row], *, sources: Mapping[str, archive.Source], means: Means
-) -> dict[str, str]:
-    failures = {row.scan_id: "other_modality" for row in rows if row.modality != settings.modality}
-    rows = [row for row in rows if row.scan_id not in failures]
-    stored = [_is_stored(store, row) for row in rows]
-    todo = [row for row, done in zip(rows, stored, strict=True) if not done]
-    done = [row for row, done in zip(rows, stored, strict=True) if done]
+    store: Store, settings: Settings, rows: Table, *, sources: Mapping[str, archive.Source], means: Means
+) -> Callable[[Row], str]:
+    # Returns: what tells of each row the code of why it is not stored, or "". Memory: one byte a row, and the names of those that failed.
+    wanted = lambda: (row for row in rows() if row.modality == settings.modality)  # noqa: E731
+    done = bytearray(_is_stored(store, row) for row in wanted())
     if not means.ignore_space:
-        _check_space(store, todo, done)
-    jobs = ((row.scan_id, (store, settings, row, sources[row.scan_id])) for row in todo)
-    for scan_id, answer in track(spread(prepare_one, jobs, means), total=len(todo), label="prepare"):
+        _check_space(store, zip(wanted(), done, strict=True))
+    jobs = ((row.scan_id, (store, settings, row, sources[row.scan_id])) for row, stored in zip(wanted(), done, strict=True) if not stored)
+    failures: dict[str, str] = {}
+    for scan_id, answer in track(spread(prepare_one, jobs, means), total=done.count(0), label="prepare"):
         if code := answer.code if isinstance(answer, Lost) else answer:
             failures[scan_id] = code
-    return failures
+    return lambda row: "other_modality" if row.modality != settings.modality else failures.get(row.scan_id, "")
 
 
 def _is_stored(store: Store, row: Row) -> bool:
@@ -158,7 +165,7 @@ def _is_stored(store: Store, row: Row) -> bool:
     return replace(entry, split=row.split, patient_id=row.patient_id) == entry
 
 
-def _entries(store: Store, scan_ids: Sequence[str]) -> Iterator[Entry]:
+def _entries(store: Store, scan_ids: Iterable[str]) -> Iterator[Entry]:
     # Read back from the volumes one by one: the manifest says what is there, and takes no memory.
     for scan_id in scan_ids:
         entry = store.entry(scan_id)
@@ -167,16 +174,20 @@ def _entries(store: Store, scan_ids: Sequence[str]) -> Iterator[Entry]:
         yield entry
 
 
-def _check_space(store: Store, todo: Sequence[Row], done: Sequence[Row]) -> None:
+def _check_space(store: Store, rows: Iterable[tuple[Row, int]]) -> None:
+    # `rows`: each with whether it is stored.
+    counts, voxels, size = [0, 0], [0.0, 0.0], 0
+    for row, stored in rows:
+        counts[stored] += 1
+        voxels[stored] += _voxels(store, row)
+        size += store.volume_path(row.scan_id).stat().st_size if stored else 0
     rate, source = BYTES_PER_VOXEL, "expected"
-    if len(done) >= ENOUGH_STORED:
-        rate = sum(store.volume_path(row.scan_id).stat().st_size for row in done) / sum(_voxels(store, row) for row in done)
-        source = f"as in the {len(done)} volumes there"
-    voxels = sum(_voxels(store, row) for row in todo)
-    need, free = voxels * rate, shutil.disk_usage(store.path).free
+    if counts[True] >= ENOUGH_STORED:
+        rate, source = size / voxels[True], f"as in the {counts[True]} volumes there"
+    need, free = voxels[False] * rate, shutil.disk_usage(store.path).free
     if need > free:
         raise BadInput(
-            f"--out {store.path}: must have room; {len(todo)} scans need about {need / 1e9:.3g} GB ({voxels:.3g} voxels at "
+            f"--out {store.path}: must have room; {counts[False]} scans need about {need / 1e9:.3g} GB ({voxels[False]:.3g} voxels at "
             f"{rate:.2g} bytes, {source}), and {free / 1e9:.3g} GB are free; make room, take a coarser spacing_mm, or give --ignore-space"
         )
 

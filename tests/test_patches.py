@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -157,6 +159,32 @@ def test_workers_leave_the_signals_of_a_whole_group_to_the_training_process():
     with pytest.raises(BadInput, match="worker"), deaths_told():
         for _ in range(10**4):
             next(read)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
+def test_a_thread_without_the_block_does_not_let_a_signal_end_a_worker():
+    read = loader(PatchStream(UnblockingStore(SHAPES), PatchPlan((8, 8, 8), 3, 1), source=Source(), steps=30))
+    assert len(list(read)) == 30
+
+
+class UnblockingStore(MemoryStore):
+    """Begins a thread that takes SIGTERM, as a library may."""
+
+    threads: ClassVar[list[threading.Thread]] = []
+
+    def read_box(self, *given):
+        if not self.threads:
+            began = threading.Event()
+            self.threads.append(threading.Thread(target=_takes_signals, args=(began,), daemon=True))
+            self.threads[0].start()
+            assert began.wait(10)
+        return super().read_box(*given)
+
+
+def _takes_signals(began):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    began.set()
 
 
 def test_a_killed_worker_is_one_clear_complaint():

@@ -202,6 +202,9 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere nothing tells who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # Linux keeps a blocked signal for who waits for it, ignored or not; ignored, it cannot end a worker by way of a thread that some
+        # library began without the block.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
 
 

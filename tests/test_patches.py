@@ -139,12 +139,27 @@ def test_a_complaint_of_the_stream_arrives_as_it_was_written(workers):
         next(loader(stream))
 
 
+@pytest.fixture(params=["threads as they are", "threads set"])
+def threads(request):
+    """Once the number of threads was set, torch begins threads in each worker before the worker's own code runs."""
+    if request.param == "threads set":
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 2)
+        yield
+        torch.set_num_threads(before)
+    else:
+        yield
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who sent a signal")
 def test_workers_leave_the_signals_of_a_whole_group_to_the_training_process():
+    mine = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     before = set(multiprocessing.active_children())
     stream = PatchStream(MemoryStore(SHAPES), PatchPlan((8, 8, 8), 3, 1), source=Source(), steps=10**6)
     read = loader(stream)
     next(read)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mine
     [worker] = set(multiprocessing.active_children()) - before
     # Sent by another process, as a scheduler's are: from the parent SIGTERM still ends it.
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)

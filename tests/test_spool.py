@@ -25,6 +25,19 @@ def test_series_come_back_together(tmp_path, phantom):
     assert not list(tmp_path.glob(".spool*"))
 
 
+def test_nothing_that_names_a_series_is_sorted_outside_of_the_private_folder(tmp_path):
+    """SQLite sorts what is large in a temporary file, and that is not in its database's folder."""
+    with spooled(tmp_path) as spool:
+        spool.add_slices([(b"two", b"x"), (b"one", b"y")])
+        said: list[str] = []
+        spool.base.set_trace_callback(said.append)
+        assert spool.count_series() == 2 and list(spool.series()) == [[b"y"], [b"x"]]
+        spool.base.set_trace_callback(None)
+        plans = [str(spool.base.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()) for query in said]
+        assert len(said) == 2 and all(query.startswith("SELECT") for query in said)
+        assert not any("TEMP" in plan for plan in plans)
+
+
 def test_files_by_kind_with_any_name(tmp_path):
     names = [Path("/a/Größe"), Path("/a/\udcff"), Path("/b")]
     with spooled(tmp_path) as spool:

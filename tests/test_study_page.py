@@ -92,6 +92,16 @@ def test_a_quick_trial_says_first_that_its_answers_mean_nothing(folder, quick):
     assert ("mean nothing" in telling(summary)[0]) is bool(quick)
 
 
+@pytest.mark.parametrize("develop", [False, True, None])
+def test_a_study_for_choosing_settings_says_so_first(folder, develop):
+    path, summary = folder
+    if develop is not None:
+        summary["design"]["develop"] = develop
+        write_json(path / "summary.json", summary)
+    before_answers = write_page(path).read_text().split('class="answers"')[0]
+    assert ("the test share was left alone" in before_answers) is bool(develop)
+
+
 def test_only_a_study_has_such_a_page(tmp_path):
     write_json(tmp_path / "summary.json", {"protocol": "dice"})
     assert not is_study(tmp_path)

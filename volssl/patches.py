@@ -192,7 +192,22 @@ def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> It
         persistent_workers=False,
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    return _told(iter(answers))
+    with _held_back(signal.SIGTERM):
+        return _told(iter(answers))
+
+
+@contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    # A process begun within it has the signal blocked from its first instruction, and so has every thread of it: torch begins threads in
+    # a worker, if the parent's number of threads was set, before a worker can say anything about signals.
+    if sys.platform != "linux":  # elsewhere a worker could not let it through again
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from volssl.dicom import Slice
 
+# The index stands from the beginning: made over many rows, it would be sorted in a temporary file outside of the private folder.
 TABLES = """
 CREATE TABLE files (path BLOB, kind TEXT);
 CREATE TABLE aside (path BLOB UNIQUE, code TEXT, ignored INTEGER, file_id TEXT);
 CREATE TABLE slices (series BLOB, header BLOB);
+CREATE INDEX by_series ON slices (series);
 CREATE TABLE seen (name TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
@@ -119,7 +121,6 @@ class Spool:
 
     def count_series(self) -> int:
         """How many series the headers make."""
-        self.base.execute("CREATE INDEX IF NOT EXISTS by_series ON slices (series)")
         return int(self.base.execute("SELECT COUNT(DISTINCT series) FROM slices").fetchone()[0])
 
     def series(self) -> Iterator[list[bytes]]:

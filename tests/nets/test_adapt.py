@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from volssl.nets.adapt import Conv3d, adapt
+from volssl.nets.blocks import InstanceNorm3d
 from volssl.nets.heads import MidRestorationHead
 from volssl.processes import BatchNorm3d
 
@@ -37,7 +38,8 @@ def test_names_values_and_sharing_stay():
 def test_instance_normalisation_is_exchanged_where_asked():
     assert type(adapt(Twice(), norm="batch").all[1]) is BatchNorm3d
     assert type(adapt(Twice(), norm="group").all[1]) is nn.GroupNorm
-    assert type(adapt(Twice()).all[1]) is nn.InstanceNorm3d
+    made = adapt(Twice()).all[1]
+    assert type(made) is InstanceNorm3d and not made.affine and made.eps == 1e-5
 
 
 SIDES = [(1, 1, 1), (1, 3, 2), (1, 5, 1), (2, 1, 5), (2, 2, 2), (2, 4, 3), (3, 1, 4), (3, 5, 1), (3, 3, 3), (4, 2, 4), (4, 5, 3), (5, 6, 5)]

@@ -8,6 +8,7 @@ from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
 from volssl.files import BadInput
+from volssl.nets.blocks import InstanceNorm3d
 from volssl.nets.resenc import ResEncUNet
 from volssl.processes import BatchNorm3d
 
@@ -119,8 +120,8 @@ def test_every_parameter_gets_a_gradient(norm, skips):
     # A bias in front of a normalisation by channel is taken away again.
     assert not {name for name in names if not name.endswith("conv.bias")}
     kinds = {type(layer) for layer in net.modules()}
-    assert {"batch": BatchNorm3d, "instance": nn.InstanceNorm3d, "group": nn.GroupNorm}[norm] in kinds
-    assert len(kinds & {BatchNorm3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.GroupNorm}) == 1
+    assert {"batch": BatchNorm3d, "instance": InstanceNorm3d, "group": nn.GroupNorm}[norm] in kinds
+    assert len(kinds & {BatchNorm3d, nn.BatchNorm3d, nn.InstanceNorm3d, InstanceNorm3d, nn.GroupNorm}) == 1
 
 
 def test_residual_branches_start_at_zero_as_in_nnunet():

@@ -8,6 +8,7 @@ from monai.networks.nets.swin_unetr import SwinUNETR as Stock
 from torch import nn
 
 from volssl.files import BadInput
+from volssl.nets.blocks import InstanceNorm3d
 from volssl.nets.swinunetr import SwinUNETR
 from volssl.processes import BatchNorm3d
 
@@ -79,8 +80,8 @@ def test_every_parameter_gets_a_gradient(norm, skips):
     net(torch.randn(2, 2, 16, 16, 16))[-1].square().mean().backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     kinds = {type(layer) for layer in net.decoder.modules()}
-    wanted = {"batch": BatchNorm3d, "instance": nn.InstanceNorm3d, "group": nn.GroupNorm}[norm]
-    assert kinds & {BatchNorm3d, nn.BatchNorm3d, nn.InstanceNorm3d, nn.GroupNorm} == {wanted}
+    wanted = {"batch": BatchNorm3d, "instance": InstanceNorm3d, "group": nn.GroupNorm}[norm]
+    assert kinds & {BatchNorm3d, nn.BatchNorm3d, nn.InstanceNorm3d, InstanceNorm3d, nn.GroupNorm} == {wanted}
 
 
 def test_all_faults_come_at_once():

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from volssl.nets.blocks import Norm, make_norm
+from volssl.nets.blocks import InstanceNorm3d, Norm, make_norm
 from volssl.nets.composed import too_short
 
 
@@ -28,7 +28,7 @@ class Conv3d(nn.Conv3d):
 
 
 def adapt(module: nn.Module, *, norm: Norm | None = None) -> nn.Module:
-    """Exchange the convolutions inside `module` for `Conv3d` and, where `norm` is given, its instance normalisations for that one.
+    """Exchange the convolutions inside `module` for `Conv3d`, and its instance normalisations for `norm`, or for `InstanceNorm3d` without.
 
     Weights keep their names and stay shared where one layer stands in two places.
     """
@@ -48,11 +48,18 @@ def _exchange(module: nn.Module, norm: Norm | None, done: dict[nn.Module, nn.Mod
 
 def _exchanged(layer: nn.Module, norm: Norm | None) -> nn.Module:
     old: Any = layer
-    if norm is not None and type(layer) is nn.InstanceNorm3d:
-        return make_norm(norm, old.num_features)
+    if type(layer) is nn.InstanceNorm3d:
+        return make_norm(norm, old.num_features) if norm else _instance_norm(old)
     if type(layer) is not nn.Conv3d:
         return layer
     sizes = (old.kernel_size, old.stride, old.padding, old.dilation, old.groups)
     made = Conv3d(old.in_channels, old.out_channels, *sizes, bias=old.bias is not None, device="meta")
     made.weight, made.bias = old.weight, old.bias
+    return made
+
+
+def _instance_norm(old: nn.InstanceNorm3d) -> nn.Module:
+    made = InstanceNorm3d(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, device="meta")
+    for name, value in [*old._parameters.items(), *old._buffers.items()]:
+        setattr(made, name, value)
     return made

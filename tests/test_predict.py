@@ -253,6 +253,13 @@ def test_what_nobody_foresaw_costs_one_image(folder, tmp_path, monkeypatch):
     assert row["reason"].startswith("unexpected_error: RuntimeError at test_predict.py:")
 
 
+def test_used_memory_is_kept_on_a_cpu(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("volssl.predict.keep_freed", lambda: asked.append(True))
+    run(write_run(tmp_path / "run"), [folder], out=tmp_path / "out")
+    assert asked == ([] if torch.cuda.is_available() else [True])
+
+
 def test_dicom_seg_by_the_verb(folder, tmp_path, capsys):
     series(tmp_path / "mixed" / "series")
     (tmp_path / "mixed" / "file.nii.gz").write_bytes((folder / "one.nii.gz").read_bytes())

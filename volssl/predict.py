@@ -15,6 +15,7 @@ from volssl import deploy
 from volssl.archive import write_nifti
 from volssl.dicom_seg import Maker, check_installed, check_source, write_dicom_seg
 from volssl.files import BadInput, Outcome, check_out, claim_out, place_of, read_json, tell, track, write_csv, write_json
+from volssl.heap import keep_freed
 from volssl.inputs import Item, gather, reason_of, voxel_hash
 from volssl.journal import write_environment
 from volssl.segment import Model, read_ensemble
@@ -65,6 +66,8 @@ def run(
     if format == "dicomseg":
         check_installed()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed()  # every window's maps have the same sizes
     model = read_ensemble(runs, device, read=deploy.read)
     checksums = [deploy.checksum(one) for one in runs]
     settings = {"models": checksums, "format": format, "probabilities": extras.probabilities}

@@ -58,7 +58,7 @@ def _exchanged(layer: nn.Module, norm: Norm | None) -> nn.Module:
     return made
 
 
-def _instance_norm(old: nn.InstanceNorm3d) -> nn.Module:
+def _instance_norm(old: Any) -> nn.Module:
     made = InstanceNorm3d(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, device="meta")
     for name, value in [*old._parameters.items(), *old._buffers.items()]:
         setattr(made, name, value)

@@ -42,6 +42,7 @@ from volssl.volume import Grid, Volume
 LABELS = {"fat": 1, "lean tissue": 2}
 WINDOW = (-175.0, 250.0)
 FROM = (0.08, 0.42)  # of the window: -141 and 4 HU, about half-way between air, fat and lean tissue
+PATCH_MM = 45.0  # sides of a patch while training, 32 voxels at least
 Way = Callable[[], Any]
 Predictor = Callable[[torch.Tensor], torch.Tensor]
 
@@ -53,7 +54,7 @@ def scan(shape: tuple[int, int, int]) -> Volume:
     return Volume(hu[None], grid).cropped((0, 0, 0), shape)
 
 
-def trained(volume: Volume, settings: argparse.Namespace, steps: int = 200) -> Model:
+def trained(volume: Volume, settings: argparse.Namespace, steps: int = 400) -> Model:
     """A model that tells fat and lean tissue after some steps: enough for labels that are no noise."""
     side = (settings.patch,) * 3
     net = {"name": "unet", "arguments": {"width": settings.width, "depth": 3, "norm": "instance"}}
@@ -62,11 +63,13 @@ def trained(volume: Volume, settings: argparse.Namespace, steps: int = 200) -> M
     torch.manual_seed(0)
     model = Model(plan, plan.network().to(memory_format=torch.channels_last_3d))  # pyright: ignore[reportCallIssue]
     x_XYZ = torch.from_numpy(plan.preparation.image(volume).array_CXYZ[0])
-    small = [min(32, n) for n in x_XYZ.shape]
+    # Instance normalisation takes away how bright a patch is as a whole: it must be wide enough for all three tissues to lie in it.
+    wide = [4 * round(PATCH_MM / spacing / 4) for spacing in volume.grid.spacing_mm]
+    small = [min(max(side, 32), n // 4 * 4) for side, n in zip(wide, x_XYZ.shape, strict=True)]
     optimizer = torch.optim.Adam(model.net.parameters(), lr=1e-2)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        corners = [[int(torch.randint(0, n - side + 1, ())) for n, side in zip(x_XYZ.shape, small, strict=True)] for _ in range(4)]
+        corners = [[int(torch.randint(0, n - side + 1, ())) for n, side in zip(x_XYZ.shape, small, strict=True)] for _ in range(2)]
         boxes = [tuple(slice(at, at + side) for at, side in zip(corner, small, strict=True)) for corner in corners]
         x = torch.stack([x_XYZ[box] for box in boxes])[:, None]
         smooth = F.avg_pool3d(x, 3, 1, 1, count_include_pad=False)

@@ -47,7 +47,7 @@ def _channels_last_on_cpu(x: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and x.is_contiguous(memory_format=torch.channels_last_3d)
-        and x[0, 0].numel() > 1  # of a single voxel there is no variance, and torch's own says so
+        and x.shape[2:].numel() > 1  # of a single voxel there is no variance, and torch's own says so
     )
 
 

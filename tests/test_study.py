@@ -11,6 +11,7 @@ from labelled import blobs, write_msd
 
 from volssl import cells, pools, report
 from volssl import recipe as recipes
+from volssl import study as verb_study
 from volssl.__main__ import run_verb
 from volssl.archive import write_nifti
 from volssl.arms import faults_of, planned, shrunk
@@ -338,9 +339,7 @@ def test_arms_of_one_pretraining_share_it(tmp_path):
     arms = {"scratch": {}, "one": {"pretrain": {}}, "two": {"pretrain": {}, **over}, "three": {"pretrain": {"training": {"steps": 9}}}}
     plan = planned(values | {"arms": arms}, "r")
     assert [arm.pretrained for arm in plan.arms] == ["", "one", "one", "three"]
-    shares = Shares(*(tuple(Case(name, name, (tmp_path,), None) for name in part) for part in (["a", "b", "c", "d", "e"], ["v"], ["t"])))
-    seen = {name: Seen((1.0, 1.0, 1.0), (name,), ()) for name in "abcdevt"}
-    study = Study(tmp_path, plan, _table(None), (shares,), seen)
+    study = Study(tmp_path, plan, _table(None), _shares(tmp_path), _seen())
     assert [left["pretraining"] for left in count_left(study).values()] == [0, 1, 0, 1]
     jobs = ready(study, cells.Means(1), ())
     assert [name for name in jobs if "pretraining" in name] == ["one/pretraining-seed_0-fold_0", "three/pretraining-seed_0-fold_0"]
@@ -351,6 +350,42 @@ def test_arms_of_one_pretraining_share_it(tmp_path):
     (made / "pretrained.json").write_text("{}")
     jobs = ready(study, cells.Means(1), ())
     assert {name.split("/")[0] for name in jobs} == {"scratch", "one", "two", "three"}
+
+
+def test_arm_after_arm_and_what_a_job_makes_possible_before_the_next_arm(tmp_path, monkeypatch):
+    """A worker that is free takes what the first arms still lack, so that a short sitting shows something of them."""
+    values = {key: value for key, value in RECIPE.items() if key != "verb"}
+    arms = {"scratch": {}, "one": {"pretrain": {}}, "two": {"pretrain": {"training": {"steps": 9}}}}
+    study = Study(tmp_path, planned(values | {"arms": arms, "tuning": {"lr": [0.1]}}, "r"), _table(None), _shares(tmp_path), _seen())
+    done: list[tuple[str, str]] = []
+
+    def do(job):
+        done.append((job.out.parent.name, type(job).__name__))
+        job.out.mkdir(parents=True, exist_ok=True)
+        row = {"case": 0, "label": "bright", "metric": "dice", "value": 0.5, "note": ""}
+        name = {"Pretraining": cells.PRETRAINED, "Fitting": cells.RESULT, "Testing": cells.TEST}[type(job).__name__]
+        (job.out / name).write_text(json.dumps({"validation": [row]}))
+        return cells.DONE
+
+    monkeypatch.setattr(verb_study, "do", do)
+    assert list(verb_study._answers(study, pools.Means(0), cells.Means(1), {}))
+    order = [arm for arm, _ in done]
+    assert order == sorted(order, key=["scratch", "one", "two"].index)
+    for arm in ("one", "two"):
+        kinds = [kind for name, kind in done if name == arm]
+        assert kinds[0] == "Pretraining" and kinds.count("Fitting") == kinds.count("Testing") == 4  # two numbers of labels, two seeds
+        assert kinds[1:3] == ["Fitting", "Testing"]
+
+
+def test_a_free_worker_begins_the_next_arm_while_a_pretraining_runs(tmp_path):
+    values = {key: value for key, value in RECIPE.items() if key != "verb"}
+    arms = {"scratch": {}, "one": {"pretrain": {}}, "two": {"pretrain": {"training": {"steps": 9}}}}
+    study = Study(tmp_path, planned(values | {"arms": arms}, "r"), _table(None), _shares(tmp_path), _seen())
+    begun: set[str] = set()
+    names = [name for name, _ in verb_study._next_jobs(study, cells.Means(1), (), begun)]
+    assert len(set(names)) == len(names) and begun == set(names) == set(ready(study, cells.Means(1), ()))
+    assert [name for name in names if not name.startswith("scratch")] == ["one/pretraining-seed_0-fold_0", "two/pretraining-seed_0-fold_0"]
+    assert list(verb_study._next_jobs(study, cells.Means(1), (), begun)) == []
 
 
 def test_an_arm_may_take_the_decoder_of_its_pretraining():
@@ -371,6 +406,14 @@ def test_a_quick_study_of_phantoms(tmp_path):
     assert {row["label"] for row in rows} == {"liver", "lesion", "kidney", "gallbladder"}
     header = (tmp_path / "out" / "report.html").read_text().split("</header>")[0]
     assert "A quick trial" in header and read_json(tmp_path / "out" / "summary.json")["design"]["quick"] is True
+
+
+def _shares(root):
+    return (Shares(*(tuple(Case(name, name, (root,), None) for name in part) for part in (["a", "b", "c", "d", "e"], ["v"], ["t"]))),)
+
+
+def _seen():
+    return {name: Seen((1.0, 1.0, 1.0), (name,), ()) for name in "abcdevt"}
 
 
 def _table(root):

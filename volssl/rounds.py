@@ -88,12 +88,13 @@ def points(study: Study) -> Iterator[tuple[Arm, int, int]]:
 
 
 def ready(study: Study, means: Means, closed: Collection[str]) -> dict[str, Job]:
-    """The jobs that can be done now, by name. closed: names of those that failed, or are left for later, in this call."""
+    """The jobs that can be done now, by name, arm after arm, so that the first ones can be compared before the last ones begin.
+
+    Args: closed: names of those that failed, or are left for later, in this call.
+    """
     jobs: dict[str, Job] = {}
-    for fold in range(len(study.shares)):
-        for arm in study.plan.arms:
-            jobs |= _pretrainings(study, arm, fold, means)
     for arm, labels, fold in points(study):
+        jobs |= _pretrainings(study, arm, fold, means)
         search = [cell for cells in study.tuning(arm, labels, fold).values() for cell in cells]
         lr = study.choice(arm, labels, fold, closed)
         final = [Cell(arm.name, labels, seed, fold, lr) for seed in study.plan.design.seeds] if lr is not None else []

@@ -7,7 +7,7 @@ cases. The test cases are scored once, with the learning rate that was chosen. W
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from volssl import pools
 from volssl import recipe as recipes
 from volssl.arms import SCRATCH, Plan, faults_of, planned, shrunk
-from volssl.cells import DONE, LATER, Cell, Means, do, make_store
+from volssl.cells import DONE, LATER, Cell, Job, Means, do, make_store
 from volssl.costs import disk_faults, estimated, sentences
 from volssl.datasets import without_folders
 from volssl.evaluate import judge_case
@@ -179,8 +179,19 @@ def _work(study: Study, means: pools.Means, how: Means) -> dict[str, str]:
 
 
 def _answers(study: Study, means: pools.Means, how: Means, closed: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
-    while jobs := ready(study, how, closed):
-        yield from pools.spread(do, ((name, (job,)) for name, job in jobs.items()), means)
+    begun: set[str] = set()
+    while ready(study, how, closed):
+        for name, answer in pools.spread(do, _next_jobs(study, how, closed, begun), means):
+            begun.discard(name)
+            yield name, answer
+
+
+def _next_jobs(study: Study, how: Means, closed: Collection[str], begun: set[str]) -> Iterator[tuple[str, tuple[Job]]]:
+    # Looked for anew each time, as every job that ends makes room for others: a worker waits only where nothing else can be done.
+    while jobs := {name: job for name, job in ready(study, how, closed).items() if name not in begun}:
+        name, job = next(iter(jobs.items()))
+        begun.add(name)
+        yield name, (job,)
 
 
 def _ended(study: Study, closed: Mapping[str, str]) -> Outcome:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from volssl.draws import generator
 from volssl.files import BadInput
-from volssl.parcels import Parcel, pack
+from volssl.parcels import Parcel, Shelf, pack
 from volssl.store import Store
 
 Size = tuple[int, int, int]
@@ -121,12 +121,16 @@ class PatchStream(Dataset[Patches]):
 
     def __getitem__(self, step: int) -> Patches:
         """The batch of `step`."""
+        return self.batch(step)
+
+    def batch(self, step: int, shelf: Shelf | None = None) -> Patches:
+        """The batch of `step`. Args: shelf: in a worker, memory for its views."""
         drawn = [self._sample(step, self.source.rank * self.plan.batch_size + b) for b in range(self.plan.batch_size)]
         boxes, scan_ids, corners = zip(*drawn, strict=True)
         patches = Patches(torch.from_numpy(np.stack(boxes)), list(scan_ids), torch.tensor(corners))
         if self.make is None:
             return patches
-        made = pack(self.make(patches.boxes_BCXYZ, step))
+        made = pack(self.make(patches.boxes_BCXYZ, step), shelf)
         return replace(patches, boxes_BCXYZ=patches.boxes_BCXYZ.new_empty(0), views=made)
 
     def _sample(self, step: int, sample: int) -> tuple[np.ndarray, str, list[int]]:
@@ -164,12 +168,12 @@ class _Steps(torch.utils.data.Sampler[int]):
 class _Answers(Dataset[Patches | BadInput]):
     """A stream whose complaints are items, so that they arrive as they were written: torch would put a traceback into their text."""
 
-    def __init__(self, stream: PatchStream) -> None:
-        self.stream = stream
+    def __init__(self, stream: PatchStream, shelf: Shelf | None) -> None:
+        self.stream, self.shelf = stream, shelf
 
     def __getitem__(self, step: int) -> Patches | BadInput:
         try:
-            return self.stream[step]
+            return self.stream.batch(step, self.shelf)
         except BadInput as complaint:
             return complaint
 
@@ -181,8 +185,9 @@ def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> It
     """
     workers = min(stream.plan.workers, max(stream.steps - first_step, 0))
     ahead = 2 if stream.make else 4  # batches per worker: what is read ahead lies in shared memory
+    shelf = Shelf(workers) if workers and stream.make else None
     answers: DataLoader[Any] = DataLoader(
-        _Answers(stream),
+        _Answers(stream, shelf),
         batch_size=None,
         sampler=_Steps(first_step, stream.steps),
         num_workers=workers,
@@ -193,7 +198,7 @@ def loader(stream: PatchStream, *, first_step: int = 0, pin: bool = False) -> It
         worker_init_fn=_leave_signals_to_the_parent,
     )
     with _held_back(signal.SIGTERM):
-        return _told(iter(answers))
+        return _told(iter(answers), shelf)
 
 
 @contextmanager
@@ -229,7 +234,7 @@ def _end_when_the_parent_says_so() -> None:
     os._exit(0)
 
 
-def _told(answers: Iterator[Any]) -> Iterator[Patches]:
+def _told(answers: Iterator[Any], shelf: Shelf | None) -> Iterator[Patches]:
     while True:
         try:
             answer = next(answers)
@@ -242,6 +247,8 @@ def _told(answers: Iterator[Any]) -> Iterator[Patches]:
             raise RuntimeError(f"DataLoader worker broke off, {type(error).__name__}") from error
         if isinstance(answer, BadInput):
             raise answer
+        if shelf is not None and answer.views is not None:
+            answer = replace(answer, views=shelf.received(answer.views))
         yield answer
 
 

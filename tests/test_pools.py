@@ -112,7 +112,8 @@ def test_exceptions_come_back_and_end_all():
         answers([("a", (("fail_awkwardly", 0),))], workers=1)
 
 
-def test_jobs_are_taken_a_few_at_a_time():
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_jobs_are_taken_a_few_at_a_time(ahead):
     taken = []
 
     def jobs():
@@ -120,8 +121,8 @@ def test_jobs_are_taken_a_few_at_a_time():
             taken.append(n)
             yield str(n), (("square", n),)
 
-    for done, _ in enumerate(spread(run, jobs(), Means(workers=2))):
-        assert len(taken) <= done + 1 + 2 * 2
+    for done, _ in enumerate(spread(run, jobs(), Means(workers=2), ahead=ahead)):
+        assert len(taken) <= done + 1 + (1 + ahead) * 2
 
 
 def test_children_compute_with_one_thread():

@@ -235,10 +235,13 @@ class _Hands:
             raise BadInput("--scheduler: must be there to the end; the connection was lost; start it and run again with --resume") from None
 
 
-def spread(function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]], means: Means) -> Iterator[tuple[str, Any]]:
+def spread(
+    function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]], means: Means, *, ahead: int = 1
+) -> Iterator[tuple[str, Any]]:
     """Do all `jobs`, (name, arguments of `function`), and yield (name, answer) as they end; the answer of a lost job is a `Lost`.
 
-    Jobs are taken a few at a time, so that memory does not grow with their number. `function` must be importable by its name.
+    Jobs are taken a few at a time, so that memory does not grow with their number: `ahead` for each worker besides the one it does, 0
+    where which job comes next depends on how others end. `function` must be importable by its name.
     Raises: what a job raises, which ends all; BadInput: no such cluster.
     """
     if not means.workers and not means.scheduler:
@@ -248,7 +251,7 @@ def spread(function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ..
         waiting: dict[Future[Any], str] = {}
         for name, args in jobs:
             waiting[hands.submit(function, args)] = name
-            while len(waiting) >= 2 * hands.slots():
+            while len(waiting) >= (1 + ahead) * hands.slots():
                 yield from _ended(hands, waiting)
         while waiting:
             yield from _ended(hands, waiting)

@@ -181,7 +181,7 @@ def _work(study: Study, means: pools.Means, how: Means) -> dict[str, str]:
 def _answers(study: Study, means: pools.Means, how: Means, closed: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     begun: set[str] = set()
     while ready(study, how, closed):
-        for name, answer in pools.spread(do, _next_jobs(study, how, closed, begun), means):
+        for name, answer in pools.spread(do, _next_jobs(study, how, closed, begun), means, ahead=0):
             begun.discard(name)
             yield name, answer
 

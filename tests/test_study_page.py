@@ -46,7 +46,7 @@ def folder(tmp_path):
             ),
             arm("two", [point(5, None, pays="failed"), point(10, 0.58, low=-0.04, high=-0.01, pays="no")]),
         ],
-        "tuning": [{"arm": "one", "labels": 5, "fold": 0, "tried": [{"lr": 0.01, "dice": None}], "chosen": None}],
+        "tuning": [{"arm": "one", "labels": 5, "fold": 0, "tried": [{"lr": 0.01, "dice": None}], "chosen": None, "at_end": False}],
         "failures": [{"job": "two/pretraining-seed_0-fold_0", "reason": "lost <at> /home/me/data/x.nii"}],
         "hours": [{"arm": "one", "pretraining": 1.0, "search": 2.0, "further": 0.5, "test": 0.25}],
         "pictures": [],
@@ -107,3 +107,13 @@ def test_only_a_study_has_such_a_page(tmp_path):
     assert not is_study(tmp_path)
     with pytest.raises(BadInput, match="volssl study left"):
         write_page(tmp_path)
+
+
+def test_the_page_tells_a_choice_at_an_end_of_the_grid(folder):
+    path, summary = folder
+    told = []
+    for at_end in (True, False, None):
+        row = {key: value for key, value in summary["tuning"][0].items() if key != "at_end"} | {"chosen": 0.01}
+        write_json(path / "summary.json", {**summary, "tuning": [row if at_end is None else row | {"at_end": at_end}]})
+        told.append("0.01, an end" in write_page(path).read_text())
+    assert told == [True, False, False]  # the last as earlier versions wrote it

@@ -4,7 +4,7 @@ import numpy as np
 
 from volssl.cells import mean_dice
 from volssl.rounds import Study
-from volssl.tally import folds_of, scores
+from volssl.tally import _at_end, folds_of, scores, telling
 
 
 class Fold:
@@ -44,3 +44,14 @@ def test_folds_stand_side_by_side_and_a_missing_one_is_nan(tmp_path):
 def test_other_metrics_do_not_enter_the_mean():
     told = [*rows({"a": 0.5}), {"case": 0, "label": "a", "metric": "hd95", "value": 40.0, "note": ""}]
     assert mean_dice(told) == [0.5]
+
+
+def test_a_choice_at_an_end_of_the_grid_is_told():
+    grid = (0.001, 0.002, 0.004)
+    assert [_at_end(lr, grid) for lr in (*grid, None)] == [True, False, True, False]
+    assert not _at_end(0.001, (0.001, 0.002)) and not _at_end(0.001, (0.001,))
+    arms = [{"name": name, "at": [{"pays": "no"}]} for name in ("scratch", "one")]
+    search = [{"arm": "scratch", "at_end": True}, {"arm": "one", "at_end": False}]
+    told = telling({"design": {"labels": [5]}, "arms": arms, "tuning": search})
+    assert told[-1].startswith("tuning.lr may be too narrow: scratch chose") and len(told) == 2
+    assert len(telling({"design": {"labels": [5]}, "arms": arms, "tuning": search[1:]})) == 1

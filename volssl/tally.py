@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,7 +172,13 @@ def _search(study: Study, arm: Arm, labels: int | None, fold: int, failed: Mappi
     at = labels if labels is not None else study.plan.design.labels[0]
     found = {lr: study.validation(cells) for lr, cells in study.tuning(arm, at, fold).items()}
     told = [{"lr": lr, "dice": float(np.mean(values)) if values else None} for lr, values in found.items()]
-    return {"arm": arm.name, "labels": labels, "fold": fold, "tried": told, "chosen": study.choice(arm, at, fold, failed)}
+    chosen = study.choice(arm, at, fold, failed)
+    return {"arm": arm.name, "labels": labels, "fold": fold, "tried": told, "chosen": chosen, "at_end": _at_end(chosen, found)}
+
+
+def _at_end(chosen: float | None, tried: Collection[float]) -> bool:
+    """Whether a learning rate beyond those tried might have been better; two have no middle, so they tell nothing of it."""
+    return chosen is not None and len(tried) > 2 and chosen in (min(tried), max(tried))
 
 
 def _hours(study: Study) -> list[dict[str, Any]]:
@@ -192,9 +198,12 @@ def _hours_of(study: Study, arm: Arm) -> dict[str, float]:
 
 
 def telling(summary: Mapping[str, Any]) -> list[str]:
-    """The answer in plain sentences, one per number of labels; before those of a quick trial, that they mean nothing."""
+    """The answer in plain sentences, one per number of labels; before those of a quick trial, that they mean nothing; after them, which
+    arms chose at an end of the grid of learning rates."""
     warning = ["A quick trial with --quick: the answers below mean nothing."] if summary["design"].get("quick") else []
-    return warning + [_sentence(summary, place, labels) for place, labels in enumerate(summary["design"]["labels"])]
+    ends = sorted({row["arm"] for row in summary["tuning"] if row["at_end"]})
+    narrow = [f"tuning.lr may be too narrow: {', '.join(ends)} chose the lowest or highest learning rate tried"] if ends else []
+    return warning + [_sentence(summary, place, labels) for place, labels in enumerate(summary["design"]["labels"])] + narrow
 
 
 def _sentence(summary: Mapping[str, Any], place: int, labels: int) -> str:

@@ -325,7 +325,7 @@ def test_quick_shrinks():
 def test_shipped_recipes_hold(name):
     plan = planned(recipes.load(name, verb="study"), name)
     if not plan.split.develop:
-        assert [arm.name for arm in plan.arms][:6] == ["scratch", "official", "paper", "no_restoration", "no_comparison", "skips"]
+        assert {"scratch", "official", "paper", "no_restoration", "no_comparison", "skips"} <= {arm.name for arm in plan.arms}
     labels = {"a": 1} if plan.arms[0].finetune["labels"] is None else plan.arms[0].finetune["labels"]
     table = CaseTable((), labels, ("image",))
     assert faults_of(plan, table, [(1.0, 1.0, 1.0)]) == []

@@ -7,6 +7,7 @@ from volssl.pictures import (
     COLOURS,
     LINE,
     Overlay,
+    bands_svg,
     curves_svg,
     overlay_png,
     plane_of,
@@ -120,6 +121,16 @@ def test_a_series_of_one_point_is_seen():
     filled = f"fill: {LINE}".encode()  # a line has no filled area, a marker has
     assert filled not in curves_svg(rows)
     assert filled in curves_svg([*rows, {"step": 9, "health/b": 0.3}])
+
+
+def test_arms_at_one_number_of_labels_stand_side_by_side_with_their_intervals():
+    curves = {"scratch": [(5, 0.8, 0.7, 0.9)], "one": [(5, 0.82, 0.83, 0.9)], "none": []}  # an interval need not hold the mean
+    one, two = (
+        bands_svg(curves, across="cases", up="Dice"),
+        bands_svg({"scratch": [(5, 0.8, 0.7, 0.9), (9, 0.8, 0.7, 0.9)]}, across="x", up="y"),
+    )
+    assert one.count(b'id="LineCollection_') == 2 and b'id="LineCollection_' not in two  # bars and their absence
+    assert b'id="legend_1"' in two and b'id="legend_1"' not in one and bands_svg({"none": []}, across="x", up="y") == b""
 
 
 def test_the_gradient_norm_is_drawn():

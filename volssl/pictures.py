@@ -173,7 +173,8 @@ def curves_svg(metrics: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def bands_svg(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], *, across: str, up: str) -> bytes:
-    """Curves with their intervals over a logarithmic axis, as an SVG; the first is drawn in black; empty without a point.
+    """Curves with their intervals over a logarithmic axis, as an SVG; the first is drawn in black; empty without a point. With one x in
+    all, the points stand side by side under their names.
 
     Args: curves: name -> points (x, y, low, high) in rising x. across, up: what the axes are.
     """
@@ -185,24 +186,45 @@ def bands_svg(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], *
     with rc_context({"svg.hashsalt": "volssl", "font.size": 9, "svg.fonttype": "path"}):
         figure = Figure(figsize=(9.6, 4.6), layout="constrained")
         panel = figure.add_subplot()
-        for place, (name, points) in enumerate((name, points) for name, points in curves.items() if points):
-            colour = INK if place == 0 else BANDS[(place - 1) % len(BANDS)]
-            x, y, low, high = zip(*points, strict=True)
-            panel.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-            panel.plot(x, y, color=colour, marker="o", markersize=4, linewidth=1.6, linestyle="--" if place == 0 else "-", label=name)
-        panel.set_xscale("log")
         ticks = sorted({point[0] for points in curves.values() for point in points})
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.minorticks_off()
-        panel.set(xlabel=across, ylabel=up)
+        there = {name: points for name, points in curves.items() if points}
+        if len(ticks) == 1:
+            _draw_bars(panel, there)
+            panel.set(xlabel=f"{across}: {ticks[0]}", ylabel=up)
+        else:
+            _draw_bands(panel, there)
+            panel.set_xscale("log")
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.minorticks_off()
+            panel.set(xlabel=across, ylabel=up)
+            panel.legend(frameon=False, fontsize=8.5, loc="lower right")
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
         panel.grid(color="#e3e7ec", linewidth=0.7)
         panel.tick_params(colors=INK, length=2)
-        panel.legend(frameon=False, fontsize=8.5, loc="lower right")
         image = io.BytesIO()
         figure.savefig(image, format="svg", transparent=True, metadata={"Date": None})
     return image.getvalue()
+
+
+def _colour(place: int) -> str:
+    return INK if place == 0 else BANDS[(place - 1) % len(BANDS)]
+
+
+def _draw_bands(panel: Any, curves: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
+    for place, (name, points) in enumerate(curves.items()):
+        x, y, low, high = zip(*points, strict=True)
+        panel.fill_between(x, low, high, color=_colour(place), alpha=0.13, linewidth=0)
+        panel.plot(x, y, color=_colour(place), marker="o", markersize=4, linewidth=1.6, linestyle="--" if place == 0 else "-", label=name)
+
+
+def _draw_bars(panel: Any, curves: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
+    # At a single place of the axis curves would hide each other, and their bands have no width.
+    for place, [(_, y, low, high)] in enumerate(curves.values()):
+        reach = [[max(0.0, y - low)], [max(0.0, high - y)]]  # an interval need not hold the mean
+        panel.errorbar([place], [y], reach, color=_colour(place), marker="o", markersize=5, linewidth=1.6, capsize=4)
+    panel.set_xlim(-0.6, len(curves) - 0.4)
+    panel.set_xticks(range(len(curves)), list(curves), rotation=20 if len(curves) > 5 else 0)
 
 
 def _three_planes(case: Overlay) -> tuple[Figure, list[Any]]:

@@ -125,6 +125,23 @@ def test_jobs_are_taken_a_few_at_a_time(ahead):
         assert len(taken) <= done + 1 + (1 + ahead) * 2
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_source_that_waits_is_asked_again_when_a_job_has_ended(workers):
+    ended = []
+
+    def jobs():
+        for n in range(3):
+            yield str(n), (("square", n),)
+        while len(ended) < 2:
+            yield None
+        yield "last", (("square", 5),)
+
+    for name, answer in spread(run, jobs(), Means(workers=workers), ahead=1):
+        ended.append(name)
+        assert answer == (25 if name == "last" else int(name) ** 2)
+    assert len(ended) == 4
+
+
 def test_children_compute_with_one_thread():
     assert answers([("a", (("threads", 0),))], workers=1) == {"a": ["1"] * len(pools.ONE_THREAD)}
 

@@ -236,21 +236,25 @@ class _Hands:
 
 
 def spread(
-    function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]]], means: Means, *, ahead: int = 1
+    function: Callable[..., Any], jobs: Iterable[tuple[str, tuple[Any, ...]] | None], means: Means, *, ahead: int = 1
 ) -> Iterator[tuple[str, Any]]:
     """Do all `jobs`, (name, arguments of `function`), and yield (name, answer) as they end; the answer of a lost job is a `Lost`.
 
     Jobs are taken a few at a time, so that memory does not grow with their number: `ahead` for each worker besides the one it does, 0
-    where which job comes next depends on how others end. `function` must be importable by its name.
+    where which job comes next depends on how others end; None among them stands for no job before another one has ended. `function` must
+    be importable by its name.
     Raises: what a job raises, which ends all; BadInput: no such cluster.
     """
     if not means.workers and not means.scheduler:
-        yield from ((name, function(*args)) for name, args in jobs)
+        yield from ((name, function(*args)) for name, args in filter(None, jobs))
         return
     with _cluster(means) if means.scheduler else _local(means) as hands:
         waiting: dict[Future[Any], str] = {}
-        for name, args in jobs:
-            waiting[hands.submit(function, args)] = name
+        for job in jobs:
+            if job is None:
+                yield from _ended(hands, waiting)
+                continue
+            waiting[hands.submit(function, job[1])] = job[0]
             while len(waiting) >= (1 + ahead) * hands.slots():
                 yield from _ended(hands, waiting)
         while waiting:

@@ -180,18 +180,20 @@ def _work(study: Study, means: pools.Means, how: Means) -> dict[str, str]:
 
 def _answers(study: Study, means: pools.Means, how: Means, closed: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     begun: set[str] = set()
-    while ready(study, how, closed):
-        for name, answer in pools.spread(do, _next_jobs(study, how, closed, begun), means, ahead=0):
-            begun.discard(name)
-            yield name, answer
+    for name, answer in pools.spread(do, _next_jobs(study, how, closed, begun), means, ahead=0):
+        begun.discard(name)
+        yield name, answer
 
 
-def _next_jobs(study: Study, how: Means, closed: Collection[str], begun: set[str]) -> Iterator[tuple[str, tuple[Job]]]:
+def _next_jobs(study: Study, how: Means, closed: Collection[str], begun: set[str]) -> Iterator[tuple[str, tuple[Job]] | None]:
     # Looked for anew each time, as every job that ends makes room for others: a worker waits only where nothing else can be done.
-    while jobs := {name: job for name, job in ready(study, how, closed).items() if name not in begun}:
-        name, job = next(iter(jobs.items()))
+    while jobs := ready(study, how, closed):
+        name = next((name for name in jobs if name not in begun), None)
+        if name is None:
+            yield None
+            continue
         begun.add(name)
-        yield name, (job,)
+        yield name, (jobs[name],)
 
 
 def _ended(study: Study, closed: Mapping[str, str]) -> Outcome:
